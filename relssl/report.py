@@ -1,0 +1,573 @@
+"""One self-contained page about a run, and the final table for the terminal.
+
+`write_report` reads what is in a run folder and leaves out what is not: a run that was killed, has no labels
+or was never evaluated still gives a page. The page needs no script, no network and no other file, stays under
+2 MB, and follows the reader's light or dark colour scheme.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+from PIL import Image
+
+from pipelines.errors import InputError
+from relssl import __version__
+from relssl.charts import Series, from_to, line_chart, share_bar, short_number
+
+MAX_BYTES = 2_000_000
+PICTURE_BUDGETS = (
+    600_000,
+    250_000,
+    80_000,
+)  # characters per picture; the next is tried when a page comes out too large
+TEXT_LIMIT = 60_000
+DISPLAY = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuning"}
+METHODS = {"ressl": "ReSSL", "wcl": "WCL", "relicv2": "ReLICv2", "resa": "ReSA", "simclr": "SimCLR"}
+PARTS = ("wait", "forward", "backward", "optimizer", "evaluate", "other")
+PLAIN_KEYS = {"kind", "update", "epoch", "loss", "lr", "images_per_second", "seconds", "unreadable_images"}
+MOST_EXTRA_CHARTS = 6
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into a run folder and return its path; an earlier report is replaced whole.
+
+    Raises:
+        InputError: no such folder, or nothing in it that a run writes.
+    """
+    run = _read_run(Path(run_dir))
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("relssl", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
+    ).get_template("report.html")
+    page = ""
+    for budget in PICTURE_BUDGETS:
+        page = template.render(_context(run, budget))
+        if len(page.encode()) <= MAX_BYTES:
+            break
+    out = run.path / "report.html"
+    work = out.with_name(".report.html.writing")
+    work.write_text(page, encoding="utf-8")
+    os.replace(work, out)
+    return out
+
+
+def results_table(results: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """Random initialisation against pre-trained, top-1 in percent: a header, then a row per measure.
+
+    Args:
+        results: entries of results.json; of those with the same evaluator, protocol and data the last counts.
+
+    Returns:
+        Rows of [measure, random, pre-trained, gain]. The first word of a measure is `kNN` or `linear`;
+        accuracies are `mean` or, over several probe seeds, `mean ± standard deviation`; a dash is missing.
+    """
+    rows = [["top-1 accuracy, %", "random initialisation", "pre-trained", "gain"]]
+    for measure in _measures(results):
+        before, after = measure.accuracy("random", "top1"), measure.accuracy("pretrained", "top1")
+        if before or after:
+            rows.append([measure.label, _accuracy_text(before), _accuracy_text(after), _gain_text(before, after)])
+    return rows
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned plain text: first column to the left, others to the right, a rule under the header."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])] + [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    return "\n".join(lines)
+
+
+# Reading ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Run:
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    env: dict[str, Any] = field(default_factory=dict)
+    train: list[dict[str, Any]] = field(default_factory=list)
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def get(self, *keys: str) -> Any:
+        """A value of the configuration, None where any part of the way is missing."""
+        value: Any = self.config
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+
+def _read_run(path: Path) -> _Run:
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder; expected the folder of a run, as `relssl train` makes it")
+    run = _Run(path)
+    run.config_text = _read_text(path / "config.yaml", run.notes)
+    run.config = _parsed(run.config_text, "config.yaml", yaml.safe_load, run.notes)
+    run.env = _parsed(_read_text(path / "env.json", run.notes), "env.json", json.loads, run.notes)
+    records = _read_records(path / "metrics.jsonl", run.notes)
+    run.train = _ordered(record for record in records if record.get("kind") == "train")
+    run.evals = _ordered(record for record in records if record.get("kind") == "eval")
+    stored = _parsed(_read_text(path / "results.json", run.notes), "results.json", json.loads, run.notes)
+    entries = stored.get("results")
+    run.results = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    if not (run.config or records or run.results):
+        raise InputError(f"{path} is not a run folder: it has no readable config.yaml, metrics.jsonl or results.json")
+    return run
+
+
+def _read_text(path: Path, notes: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        notes.append(f"{path.name} could not be read: {error}")
+        return ""
+
+
+def _parsed(text: str, name: str, parse: Any, notes: list[str]) -> dict[str, Any]:
+    if not text:
+        return {}
+    try:
+        value = parse(text)
+    except (ValueError, yaml.YAMLError) as error:
+        notes.append(f"{name} is damaged and was left out: {str(error).splitlines()[0]}")
+        return {}
+    if not isinstance(value, dict):
+        notes.append(f"{name} does not hold what a run writes and was left out")
+        return {}
+    return value
+
+
+def _read_records(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Whole lines of metrics.jsonl. The last may be cut by a kill, which is normal and not worth a note."""
+    records, damaged = [], 0
+    lines = _read_text(path, notes).splitlines()
+    for place, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            damaged += place < len(lines)
+            continue
+        if isinstance(record, dict) and _number(record.get("update")) is not None:
+            records.append(record)
+    if damaged:
+        lines_were = "line of metrics.jsonl was" if damaged == 1 else "lines of metrics.jsonl were"
+        notes.append(f"{damaged} unreadable {lines_were} left out")
+    return records
+
+
+def _ordered(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By update; what a resumed run wrote again replaces what was there."""
+    latest = {(record["update"], record.get("evaluator")): record for record in records}
+    return sorted(latest.values(), key=lambda record: record["update"])
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+# Results ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Measure:
+    """One evaluator under one protocol on one pair of data files, for random and pre-trained weights."""
+
+    evaluator: str
+    label: str
+    entries: dict[str, Mapping[str, Any]]
+
+    def accuracy(self, weights: str, which: str) -> Mapping[str, Any] | None:
+        value = self.entries.get(weights, {}).get(which)
+        return value if isinstance(value, Mapping) and _number(value.get("mean")) is not None else None
+
+    @property
+    def any_entry(self) -> Mapping[str, Any]:
+        return self.entries.get("pretrained") or next(iter(self.entries.values()))
+
+
+def _measures(results: Iterable[Mapping[str, Any]]) -> list[_Measure]:
+    groups: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
+    for entry in results:
+        key: tuple[str, ...] = (
+            str(entry.get("evaluator")),
+            _protocol_name(entry),
+            str(entry.get("train")),
+            str(entry.get("test")),
+        )
+        groups.setdefault(key, {})[str(entry.get("weights"))] = entry
+    kinds = [key[0] for key in groups]
+    measures = []
+    for group, entries in groups.items():
+        name = DISPLAY.get(group[0], group[0])
+        told = ", ".join(_distinguishing(group, list(groups)))
+        label = name if kinds.count(group[0]) == 1 else f"{name} ({told})"
+        measures.append(_Measure(group[0], label, entries))
+    order = list(DISPLAY)
+    return sorted(measures, key=lambda m: order.index(m.evaluator) if m.evaluator in order else len(order))
+
+
+def _protocol_name(entry: Mapping[str, Any]) -> str:
+    protocol = entry.get("protocol")
+    if not isinstance(protocol, Mapping):
+        return ""
+    return str(protocol.get("name") or ", ".join(f"{k} {v}" for k, v in protocol.items() if _number(v) is not None))
+
+
+def _distinguishing(key: tuple[str, ...], keys: list[tuple[str, ...]]) -> list[str]:
+    """The parts of a key that tell it from others of its evaluator: protocol, then data files."""
+    rivals = [other for other in keys if other[0] == key[0]]
+    return [key[i] for i in (1, 2, 3) if len({rival[i] for rival in rivals}) > 1]
+
+
+def _accuracy_text(accuracy: Mapping[str, Any] | None) -> str:
+    if accuracy is None:
+        return "–"
+    several = len(accuracy.get("values") or []) > 1
+    return f"{accuracy['mean']:.2f}" + (f" ± {accuracy.get('std') or 0:.2f}" if several else "")
+
+
+def _mean(accuracy: Mapping[str, Any] | None) -> float | None:
+    return None if accuracy is None else float(accuracy["mean"])
+
+
+def _gain_text(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
+    return f"{after['mean'] - before['mean']:+.2f}" if before and after else "–"
+
+
+def _protocol_text(entry: Mapping[str, Any]) -> str:
+    """One sentence with the numbers that a reader of an accuracy needs."""
+    p = entry.get("protocol")
+    p = p if isinstance(p, Mapping) else {}
+    if entry.get("evaluator") == "knn":
+        told = [f"weighted, k = {p.get('k', 20)}, temperature {p.get('temperature', 0.07)}"]
+    else:
+        told = [str(p["name"])] if "name" in p else []
+        told += [f"{str(p['optimizer']).upper()} lr {p.get('lr')}"] if "optimizer" in p else []
+        told += [str(p["schedule"])] if "schedule" in p else []
+        told += [f"{p['epochs']} epochs"] if "epochs" in p else []
+        told += [f"batch {p['batch_size']}"] if "batch_size" in p else []
+        told += ["features standardised"] if p.get("normalise_features") == "standardise" else []
+        told += [f"{p['select']} epoch reported"] if "select" in p else []
+    seeds = entry.get("seeds") or []
+    if seeds:
+        told.append(f"probe seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
+    if entry.get("train"):
+        told.append(f"trained on {entry['train']}{_count(entry.get('num_train'))}")
+    if entry.get("test"):
+        told.append(f"tested on {entry['test']}{_count(entry.get('num_test'))}")
+    return "; ".join(told)
+
+
+def _count(value: Any) -> str:
+    return f" ({value:,} images)" if isinstance(value, int) else ""
+
+
+def _paper(run: _Run, measures: Sequence[_Measure]) -> dict[str, Any] | None:
+    """The paper's row from the configuration, with every reason known here why figures are not comparable."""
+    paper = run.get("about", "paper")
+    if not isinstance(paper, dict):
+        return None
+    metric = str(paper.get("metric") or "linear top-1")
+    told = " ".join(str(paper.get(key) or "") for key in ("row", "source", "note")).lower()
+    reasons = []
+    if "assumption" in told:
+        reasons.append("the recipe rests on an assumption")
+    if "not comparable" in told:
+        reasons.append("the recipe says so")
+    probes = [m.any_entry for m in measures if m.evaluator == "linear"]
+    if metric.startswith("linear") and probes and all(_own_protocol(entry) for entry in probes):
+        reasons.append("measured here with our own quick probe or a changed protocol")
+    return {
+        "metric": metric,
+        "value": _number(paper.get("value")),
+        "row": paper.get("row"),
+        "source": paper.get("source"),
+        "reasons": reasons,
+    }
+
+
+def _own_protocol(entry: Mapping[str, Any]) -> bool:
+    name = _protocol_name(entry)
+    return name in ("", "custom") or name.startswith("cached") or name.endswith("(changed)")
+
+
+def _result_rows(measures: Sequence[_Measure], paper: dict[str, Any] | None) -> list[dict[str, Any]]:
+    comparable = paper is not None and not paper["reasons"]
+    rows = []
+    for measure in measures:
+        for which, name in (("top1", "top-1"), ("top5", "top-5")):
+            before, after = measure.accuracy("random", which), measure.accuracy("pretrained", which)
+            if not (before or after):
+                continue
+            matches = paper is not None and paper["metric"] == f"{DISPLAY.get(measure.evaluator, '')} {name}"
+            value = paper["value"] if paper is not None and matches else None
+            rows.append(
+                {
+                    "label": f"{measure.label} {name}",
+                    "main": which == "top1",
+                    "before": _accuracy_text(before),
+                    "after": _accuracy_text(after),
+                    "gain": _gain_text(before, after),
+                    "paper": value,
+                    "track": from_to(_mean(before), _mean(after), value if comparable else None),
+                }
+            )
+    return rows
+
+
+# Curves and times ------------------------------------------------------------------------------------
+
+
+def _curve(records: Sequence[dict[str, Any]], key: str, evaluator: str | None = None) -> list[tuple[float, float]]:
+    points = []
+    for record in records:
+        x, y = _number(record.get("epoch")), _number(record.get(key))
+        if x is not None and y is not None and (evaluator is None or record.get("evaluator") == evaluator):
+            points.append((x, y))
+    return points
+
+
+def _charts(run: _Run) -> list[dict[str, Any]]:
+    """Title, legend and picture of each curve that the run has."""
+    wanted: list[tuple[str, list[Series]]] = [
+        ("Loss", [Series("loss", _curve(run.train, "loss"))]),
+        (
+            "kNN accuracy while training, %",
+            [
+                Series("top-1", _curve(run.evals, "top1", "knn"), marked=True),
+                Series("top-5", _curve(run.evals, "top5", "knn"), marked=True),
+            ],
+        ),
+        (
+            "RankMe (effective rank of the features)",
+            [Series("RankMe", _curve(run.evals, "rankme"), marked=True)],
+        ),
+        ("Alignment", [Series("alignment", _curve(run.evals, "alignment"), marked=True)]),
+        ("Uniformity", [Series("uniformity", _curve(run.evals, "uniformity"), marked=True)]),
+        ("Learning rate", [Series("lr", _curve(run.train, "lr"))]),
+        ("Images per second", [Series("images/s", _curve(run.train, "images_per_second"))]),
+    ]
+    extra = sorted({key for record in run.train for key in record if _number(record[key]) is not None} - PLAIN_KEYS)
+    wanted += [(key.replace("_", " "), [Series(key, _curve(run.train, key))]) for key in extra[:MOST_EXTRA_CHARTS]]
+    end = max((_number(record.get("epoch")) or 0.0 for record in [*run.train, *run.evals]), default=0.0)
+    charts = []
+    for title, series in wanted:
+        series = [s for s in series if s.points]
+        zero = title in ("Learning rate", "Images per second")
+        picture = line_chart(series, x_label="epoch", label=title, x_end=end, from_zero=zero)
+        if picture:
+            last = ", ".join(short_number(s.points[-1][1]) for s in series)
+            charts.append(
+                {
+                    "title": title,
+                    "legend": [s.name for s in series] if len(series) > 1 else [],
+                    "last": last,
+                    "picture": picture,
+                }
+            )
+    return charts
+
+
+def _seconds(run: _Run) -> dict[str, float]:
+    """Seconds of the whole run by part. `other` is wall time (images / rate) that no part accounts for."""
+    totals: dict[str, float] = {}
+    for record in run.train:
+        parts = record.get("seconds")
+        for name, value in parts.items() if isinstance(parts, dict) else ():
+            totals[str(name)] = totals.get(str(name), 0.0) + (_number(value) or 0.0)
+    if totals and "other" not in totals:
+        totals["other"] = max(_wall_seconds(run) - sum(totals.values()), 0.0)
+    names = [name for name in PARTS if name in totals] + sorted(set(totals) - set(PARTS))
+    return {name: totals[name] for name in names if totals[name] > 0}
+
+
+def _wall_seconds(run: _Run) -> float:
+    batch = _number(run.get("train", "batch_size")) or 0.0
+    wall, before = 0.0, 0.0
+    for record in run.train:
+        rate = _number(record.get("images_per_second"))
+        if rate:
+            wall += (record["update"] - before) * batch / rate
+        before = record["update"]
+    return wall
+
+
+def _time(run: _Run) -> dict[str, Any]:
+    seconds = _seconds(run)
+    total = sum(seconds.values())
+    rates = [rate for rate in (_number(record.get("images_per_second")) for record in run.train) if rate]
+    views = _views_per_image(run)
+    rate = statistics.median(rates) if rates else None
+    return {
+        "bar": share_bar(list(seconds.items()), label="share of the time by part"),
+        "parts": [
+            {"name": n, "seconds": _duration(s), "share": f"{100 * s / total:.1f} %"} for n, s in seconds.items()
+        ],
+        "rate": f"{rate:,.0f}" if rate else None,
+        "views": f"{rate * views:,.0f}" if rate and views else None,
+        "total": _duration(total) if total else None,
+    }
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
+    return f"{round(seconds / 60) // 60} h {round(seconds / 60) % 60:02d} min"
+
+
+# The page --------------------------------------------------------------------------------------------
+
+
+def _context(run: _Run, picture_budget: int) -> dict[str, Any]:
+    measures = _measures(run.results)
+    paper = _paper(run, measures)
+    method, data, folder = str(run.get("method", "name") or ""), _data_name(run), run.path.resolve().name
+    command = run.env.get("command") or run.get("about", "command")
+    notes = list(run.notes)
+    return {
+        "title": f"{METHODS.get(method, method)} on {data}" if method and data else f"Run {folder}",
+        "folder": folder,
+        "facts": _facts(run),
+        "status": _status(run),
+        "tiles": _tiles(run, measures),
+        "rows": _result_rows(measures, paper),
+        "protocols": [{"label": m.label, "text": _protocol_text(m.any_entry)} for m in measures],
+        "paper": paper,
+        "measured": run.get("about", "measured"),
+        "charts": _charts(run),
+        "time": _time(run),
+        "views_picture": _data_uri(run.path / "views.png", picture_budget, notes),
+        "neighbours_picture": _data_uri(run.path / "neighbours.png", picture_budget, notes),
+        "env": [(key, _plain(value)) for key, value in run.env.items() if key not in ("command", "argv")],
+        "config": _cut(run.config_text),
+        "command": _cut(str(command)) if command else None,
+        "notes": notes,
+        "version": __version__,
+        "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _data_name(run: _Run) -> str:
+    files = run.get("data", "train")
+    names = files if isinstance(files, list) else [files] if files else []
+    return " + ".join(Path(str(name)).stem for name in names)
+
+
+def _views_per_image(run: _Run) -> int | None:
+    """Of the first phase of views."""
+    plan = run.get("views", "plan")
+    phases = run.get("views", "phases")
+    if plan is None and isinstance(phases, list) and phases and isinstance(phases[0], dict):
+        plan = phases[0].get("plan")
+    if not isinstance(plan, list):
+        return None
+    return sum(int(_number(view.get("count", 1)) or 1) for view in plan if isinstance(view, dict))
+
+
+def _facts(run: _Run) -> list[tuple[str, str]]:
+    views = _views_per_image(run)
+    facts = {
+        "method": run.get("method", "name"),
+        "data": _data_name(run),
+        "backbone": run.get("backbone", "name"),
+        "epochs": run.get("train", "epochs"),
+        "batch": run.get("train", "batch_size"),
+        "views per image and step": views,
+        "seed": run.get("train", "seed"),
+        "precision": run.get("train", "precision"),
+        "processes": run.env.get("world_size"),
+    }
+    return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+
+
+def _status(run: _Run) -> dict[str, str]:
+    epochs = _number(run.get("train", "epochs"))
+    reached = max((_number(record.get("epoch")) or 0.0 for record in [*run.train, *run.evals]), default=0.0)
+    if (run.path / "backbone.safetensors").is_file() or (epochs and reached >= epochs - 1e-6):
+        return {"kind": "done", "text": "finished"}
+    if not run.train:
+        return {"kind": "open", "text": "no training recorded"}
+    of = f" of {epochs:g}" if epochs else ""
+    return {"kind": "open", "text": f"not finished: reached epoch {reached:.4g}{of}"}
+
+
+def _tiles(run: _Run, measures: Sequence[_Measure]) -> list[dict[str, str]]:
+    tiles = []
+    for measure in measures:
+        before, after = measure.accuracy("random", "top1"), measure.accuracy("pretrained", "top1")
+        if after:
+            below = f"{before['mean']:.1f} at random initialisation" if before else "pre-trained"
+            tiles.append({"name": f"{measure.label} top-1", "value": f"{after['mean']:.1f} %", "below": below})
+    online = _curve(run.evals, "top1", "knn")
+    if online and not tiles:
+        tiles.append(
+            {
+                "name": "kNN top-1, online",
+                "value": f"{online[-1][1]:.1f} %",
+                "below": f"at epoch {online[-1][0]:g}",
+            }
+        )
+    loss = _curve(run.train, "loss")
+    if loss:
+        tiles.append({"name": "loss", "value": f"{loss[-1][1]:.4g}", "below": f"from {loss[0][1]:.4g}"})
+    time = _time(run)
+    if time["rate"]:
+        below = f"median; {time['views']} views/s" if time["views"] else "median"
+        tiles.append({"name": "images per second", "value": time["rate"], "below": below})
+    if time["total"]:
+        tiles.append({"name": "training time", "value": time["total"], "below": f"{run.train[-1]['update']:,} updates"})
+    return tiles[:5]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= TEXT_LIMIT else text[:TEXT_LIMIT] + "\n... (shortened)"
+
+
+def _data_uri(path: Path, budget: int, notes: list[str]) -> Markup | None:
+    """A picture as a data URI of at most `budget` characters: as it is if it fits, else a smaller JPEG."""
+    if not path.is_file():
+        return None
+    try:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as opened:
+            kind, image = opened.format, opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        notes.append(f"{path.name} could not be read: {error}")
+        return None
+    mime = {"PNG": "image/png", "JPEG": "image/jpeg"}.get(kind or "")
+    quality, scale = 90, min(1.0, 2000 / image.width)
+    while mime is None or len(content) * 4 / 3 + 30 > budget:
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        buffer = io.BytesIO()
+        image.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality, optimize=True)
+        content, mime = buffer.getvalue(), "image/jpeg"
+        quality, scale = (quality - 8, scale) if quality > 74 else (quality, scale * 0.8)
+    return Markup("data:{};base64,{}").format(mime, base64.b64encode(content).decode())
