@@ -1,0 +1,34 @@
+"""Errors that a user may meet, each with the exit code that the command line gives it.
+
+Every message says what was expected, what came, and what to do. Anything that is not one of these is a bug in relssl.
+"""
+
+from __future__ import annotations
+
+
+class RelsslError(Exception):
+    """Base of every error that is meant to be read by a user; `exit_code` is the status of the process."""
+
+    exit_code = 1
+
+
+class RunError(RelsslError):
+    """A run that had started could not go on (non-finite loss, too many unreadable images, ...)."""
+
+    exit_code = 1
+
+
+class ConfigError(RelsslError):
+    """A command line, a config, or a combination of settings that cannot work."""
+
+    exit_code = 2
+
+
+class MissingExtraError(ConfigError):
+    """An optional package is not installed; the message names the extra and the system packages it needs."""
+
+
+class InputError(RelsslError):
+    """An input file, folder or image was refused: absent, empty, damaged, or not what it claims to be."""
+
+    exit_code = 3

@@ -1,0 +1,89 @@
+"""The one reader of foreign pickles: an exact allow-list, and nothing else is ever looked up.
+
+A pickle is a program; `pickle.load` on a downloaded file runs whatever its author wrote. The data sets and
+weights that are published as pickles hold only dictionaries, lists, numbers, strings and numpy arrays, so
+that is all this reader builds. Functions that a pickle may call are our own narrow versions, never the
+originals.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import pickle
+from typing import Any
+
+import numpy as np
+
+from pipelines.errors import InputError
+
+
+def loads(data: bytes, *, where: str, encoding: str = "latin1") -> Any:
+    """The object in the pickle `data`. `encoding` is for the strings of Python-2 pickles ("bytes" keeps them
+    bytes).
+
+    Raises InputError, naming `where` (a file), when the pickle asks for anything outside the allow-list or is
+    damaged.
+    """
+    try:
+        return _Reader(io.BytesIO(data), encoding=encoding).load()
+    except _Refused as refused:
+        raise InputError(
+            f"{where}: refused: this pickle asks for {refused}; only plain data and numpy arrays are read"
+        ) from None
+    except Exception as error:
+        raise InputError(f"{where}: a damaged pickle: {type(error).__name__}: {error}") from error
+
+
+class _Refused(pickle.UnpicklingError):
+    """Something outside the allow-list; the message is its name."""
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise _Refused(f"{module}.{name}") from None
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise _Refused(f"an external object ({pid!r})")
+
+
+def _reconstruct(subtype: type, shape: tuple[int, ...], typecode: bytes | str) -> np.ndarray:
+    """numpy's empty array that a pickle then fills; of plain arrays only."""
+    if subtype is not np.ndarray:
+        raise _Refused(f"an array of {subtype!r}")
+    return np.ndarray.__new__(
+        np.ndarray, shape, typecode if isinstance(typecode, str) else typecode.decode("ascii")
+    )
+
+
+def _dtype(code: str | bytes, align: bool = False, copy: bool = False) -> np.dtype:
+    """numpy's dtype, of numbers, booleans and byte strings: none that holds Python objects."""
+    kind = np.dtype(code.decode("ascii") if isinstance(code, bytes) else code)
+    if kind.hasobject or kind.kind not in "biufcSV":
+        raise _Refused(f"an array of {kind}")
+    return kind
+
+
+def _scalar(kind: np.dtype, data: bytes | str) -> Any:
+    raw = data.encode("latin1") if isinstance(data, str) else data
+    return np.frombuffer(raw, kind, 1)[0]
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """How Python 3 writes bytes into a protocol-2 pickle; of all codecs only the one that it uses."""
+    if codecs.lookup(encoding).name != "iso8859-1":
+        raise _Refused(f"the codec {encoding!r}")
+    return text.encode("latin1")
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): _dtype,
+    ("_codecs", "encode"): _encode,
+}
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 1 and 2
+    _ALLOWED[_module, "_reconstruct"] = _reconstruct
+    _ALLOWED[_module, "scalar"] = _scalar

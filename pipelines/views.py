@@ -1,0 +1,235 @@
+"""What a view is: a crop, its size, and the colour operations after it, as a paper's appendix would list them.
+
+A plan is a list of `ViewSpec`s. Views are numbered in plan order and that number keys the draw, so a spec never
+mentions randomness beyond probabilities and ranges. Specs hold plain numbers only; `draw` turns them into
+parameters, engines and `colour` carry them out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from pipelines.errors import ConfigError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+DEFAULT_RATIO = (3 / 4, 4 / 3)
+
+# kind -> {parameter: default}; a default of None means that the parameter must be given
+BOXES: dict[str, dict[str, Any]] = {
+    "random_resized": {"scale": (0.08, 1.0), "ratio": DEFAULT_RATIO},  # torchvision's RandomResizedCrop
+    "center": {"resize": None},  # resize the short side, then take the middle
+    "whole": {},  # the whole image, resized to the square
+}
+OPS: dict[str, dict[str, Any]] = {
+    "jitter": {
+        "brightness": 0.0,
+        "contrast": 0.0,
+        "saturation": 0.0,
+        "hue": 0.0,
+    },  # torchvision's ColorJitter
+    "grey": {},
+    "blur": {"sigma": None},  # standard deviation in pixels, uniform over [low, high]
+    "solarise": {"threshold": 128 / 255},
+}
+# Named in the papers, made in a later version: refused by name instead of being half there.
+PLANNED_BOXES = ("byol", "pad_crop")
+PLANNED_OPS = ("randaugment", "affine", "erase", "jitter_byol")
+INTERPOLATIONS = ("bilinear", "bicubic")
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """One kind of view of an image.
+
+    Attributes:
+        name: the method's name for it (`teacher`, `student`, `large`, ...); specs of one name concatenate.
+        size: side of the square output in pixels.
+        count: how many independent views of this kind.
+        box: `{kind: {parameter: value}}`, kind one of `random_resized`, `center`, `whole`.
+        interpolation: `bilinear` or `bicubic`, antialiased.
+        flip: probability of a horizontal flip. It commutes with every op here, so its place in a paper's list
+            does not matter.
+        ops: `(op, probability, {parameter: value})` in the order in which they are applied.
+        normalize: per-channel mean and std of pixels in [0, 1], or None to leave pixels in [0, 1].
+
+    Raises:
+        ConfigError: a value that cannot be; the message names the view and the value.
+    """
+
+    name: str
+    size: int
+    count: int = 1
+    box: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"random_resized": {}})
+    interpolation: str = "bilinear"
+    antialias: bool = True
+    flip: float = 0.0
+    ops: Sequence[Sequence[Any]] = ()
+    mask_p: float = 0.0
+    normalize: tuple[Sequence[float], Sequence[float]] | None = (IMAGENET_MEAN, IMAGENET_STD)
+
+    def __post_init__(self) -> None:
+        where = f"view {self.name!r}"
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+            raise ConfigError(f"{where}: a name is lower-case letters, digits and _, and starts with a letter")
+        _check_integer(self.size, 1, f"{where}: size")
+        _check_integer(self.count, 1, f"{where}: count")
+        _check_probability(self.flip, f"{where}: flip")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ConfigError(
+                f"{where}: interpolation is one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}"
+            )
+        if self.antialias is not True:
+            raise ConfigError(f"{where}: crops without antialiasing are not supported; leave antialias: true")
+        if self.mask_p != 0:
+            raise ConfigError(f"{where}: mask_p needs saliency masks, which this version does not have; set it to 0")
+        object.__setattr__(self, "box", _checked_box(self.box, where))
+        if self.box_kind == "center" and self.box_options["resize"] < self.size:
+            raise ConfigError(
+                f"{where}: box center takes {self.size} pixels out of a short side of {self.box_options['resize']}; "
+                f"set resize to at least {self.size}"
+            )
+        object.__setattr__(self, "ops", tuple(_checked_op(op, where) for op in self.ops))
+        object.__setattr__(self, "normalize", _checked_normalize(self.normalize, where))
+
+    @property
+    def box_kind(self) -> str:
+        return next(iter(self.box))
+
+    @property
+    def box_options(self) -> Mapping[str, Any]:
+        return self.box[self.box_kind]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ViewSpec:
+        """Build from a config's mapping; an unknown key is an error that names the nearest known one."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"a view is a mapping such as {{name: student, size: 32}}, got {values!r}")
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(unknown_name(f"key of view {values.get('name', '?')!r}", key, known))
+        missing = [key for key in ("name", "size") if key not in values]
+        if missing:
+            raise ConfigError(f"view {dict(values)!r} lacks {' and '.join(missing)}")
+        options = dict(values)
+        if isinstance(options.get("normalize"), Mapping):
+            options["normalize"] = (options["normalize"].get("mean"), options["normalize"].get("std"))
+        return cls(**options)
+
+
+def expand(plan: Sequence[ViewSpec]) -> list[ViewSpec]:
+    """One spec per view, in plan order: the place in this list is the view's number."""
+    return [spec for spec in plan for _ in range(spec.count)]
+
+
+def view_counts(plan: Sequence[ViewSpec]) -> dict[str, int]:
+    """How many views of each name a plan makes, names in plan order."""
+    counts: dict[str, int] = {}
+    for spec in plan:
+        counts[spec.name] = counts.get(spec.name, 0) + spec.count
+    return counts
+
+
+def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
+    """The sentence for a name that does not exist: the nearest known one first, then all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what}: {name!r}{hint} Known: {', '.join(known)}."
+
+
+def _checked_box(box: Any, where: str) -> dict[str, dict[str, Any]]:
+    if isinstance(box, str):
+        box = {box: {}}
+    if not isinstance(box, Mapping) or len(box) != 1:
+        raise ConfigError(f"{where}: box is one kind with its options, e.g. {{random_resized: {{scale: [0.2, 1]}}}}")
+    kind, options = next(iter(box.items()))
+    _check_known("box", kind, BOXES, PLANNED_BOXES, where)
+    options = _filled(BOXES[kind], options or {}, f"{where}: box {kind}")
+    if kind == "random_resized":
+        options["scale"] = _checked_range(options["scale"], 0.0, f"{where}: scale", above=True)
+        options["ratio"] = _checked_range(options["ratio"], 0.0, f"{where}: ratio", above=True)
+        if options["scale"][1] > 1:
+            raise ConfigError(f"{where}: scale is a share of the image's area, at most 1, got {options['scale']}")
+    if kind == "center":
+        _check_integer(options["resize"], 1, f"{where}: box center: resize")
+    return {kind: options}
+
+
+def _checked_op(op: Any, where: str) -> tuple[str, float, dict[str, Any]]:
+    if isinstance(op, str) or not isinstance(op, Sequence) or not 2 <= len(op) <= 3:
+        raise ConfigError(f"{where}: an op is [name, probability, {{options}}], got {op!r}")
+    name, probability = op[0], op[1]
+    _check_known("op", name, OPS, PLANNED_OPS, where)
+    _check_probability(probability, f"{where}: probability of {name}")
+    options = _filled(OPS[name], op[2] if len(op) == 3 else {}, f"{where}: {name}")
+    if name == "blur":
+        options["sigma"] = _checked_range(options["sigma"], 0.0, f"{where}: blur: sigma", above=True)
+    if name == "jitter":
+        for key, value in options.items():
+            limit = 0.5 if key == "hue" else float("inf")
+            if not _is_number(value) or not 0 <= value <= limit:
+                raise ConfigError(f"{where}: jitter: {key} is a strength in [0, {limit}], got {value!r}")
+    if name == "solarise":
+        _check_probability(options["threshold"], f"{where}: solarise: threshold")
+    return name, float(probability), options
+
+
+def _checked_normalize(value: Any, where: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    if value is None:
+        return None
+    try:
+        mean, std = (tuple(float(x) for x in part) for part in value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{where}: normalize is {{mean: [r, g, b], std: [r, g, b]}}, got {value!r}") from None
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ConfigError(f"{where}: normalize takes three means and three positive stds, got {value!r}")
+    return mean, std
+
+
+def _check_known(what: str, name: Any, known: Mapping[str, Any], planned: Sequence[str], where: str) -> None:
+    if name in planned:
+        raise ConfigError(f"{where}: {what} {name!r} is not in this version yet; available: {', '.join(known)}")
+    if name not in known:
+        raise ConfigError(f"{where}: {unknown_name(what, name, known)}")
+
+
+def _filled(defaults: Mapping[str, Any], given: Any, where: str) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where}: options are a mapping, got {given!r}")
+    for key in given:
+        if key not in defaults:
+            known = ", ".join(defaults) or "none"
+            raise ConfigError(f"{where}: unknown option {key!r}; known: {known}")
+    options = {**defaults, **given}
+    missing = [key for key, value in options.items() if value is None]
+    if missing:
+        raise ConfigError(f"{where}: {' and '.join(missing)} must be given")
+    return options
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_integer(value: Any, least: int, where: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{where} is a whole number of at least {least}, got {value!r}")
+
+
+def _check_probability(value: Any, where: str) -> None:
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise ConfigError(f"{where} is a number in [0, 1], got {value!r}")
+
+
+def _checked_range(value: Any, least: float, where: str, *, above: bool = False) -> tuple[float, float]:
+    pair = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
+    fits = len(pair) == 2 and all(_is_number(x) for x in pair) and pair[0] <= pair[1]
+    if not fits or pair[0] < least or (above and pair[0] <= least):
+        raise ConfigError(f"{where} is [low, high] with {least} < low <= high, got {value!r}")
+    return float(pair[0]), float(pair[1])
