@@ -1,0 +1,27 @@
+"""relssl: a fast trainer for relational self-supervised learning."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from relssl._version import __version__
+
+__all__ = ["__version__"]
+
+
+def _check_neighbours() -> None:
+    """`python -m relssl` puts the working directory first on the path, where a user's own folder may hide ours."""
+    home = Path(__file__).resolve().parent.parent
+    for name in ("pipelines", "dataset_tools"):
+        spec = find_spec(name)
+        places = [Path(p).resolve() for p in (spec.submodule_search_locations or [])] if spec else []
+        if home / name not in places:
+            found = places[0] if places else "nothing"
+            raise ImportError(
+                f"relssl needs its own package {name!r} at {home / name}, but Python finds {found}. "
+                f"Is there a folder called {name}/ in the working directory? Rename it, or run from another folder."
+            )
+
+
+_check_neighbours()

@@ -1,0 +1,7 @@
+"""`python -m relssl` is the program `relssl`."""
+
+from __future__ import annotations
+
+from relssl.cli import main
+
+main()

@@ -1,0 +1,402 @@
+"""The program `relssl`: each verb is a thin shell over the library.
+
+Nothing heavy is imported before a verb needs it, so `relssl --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from pipelines.errors import ConfigError, RelsslError
+
+app = typer.Typer(
+    name="relssl",
+    help="Train and evaluate relational self-supervised learning, fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+eval_app = typer.Typer(help="Evaluate a backbone: knn, linear.", no_args_is_help=True)
+app.add_typer(eval_app, name="eval")
+
+# Verbs and evaluators of later versions: refused by name, so that nobody looks for a spelling mistake.
+PLANNED = ("import", "export", "bench", "compare", "ls", "saliency")
+PLANNED_EVALUATORS = ("finetune", "retrieval", "probe")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, as often as wanted")]
+Out = Annotated[Path, typer.Option("--out", help="file to write")]
+Force = Annotated[bool, typer.Option("--force", help="overwrite what is there")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program; ends the process with its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    code = run(arguments)
+    if "torch" in sys.modules:
+        from relssl import dist
+
+        dist.shutdown(code, agreed=code != 1)
+    sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; the exit code: 0 ok, 1 failed, 2 usage or config, 3 input refused, 128+n after signal n."""
+    try:
+        _refuse_planned(arguments)
+        code = app(args=arguments, prog_name="relssl", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except RelsslError as error:
+        _say_error(str(error))
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _say_error("interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as after `relssl configs | head`
+        sys.stderr.close()
+        return 141
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="folder, list file, CIFAR folder or archive, or: cifar10 cifar100 digits")
+    ],
+    out: Annotated[Path, typer.Argument(help="the .beton file to write")],
+    format: Annotated[str, typer.Option(help="what the source is, where its path does not say")] = "auto",
+    split: Annotated[str, typer.Option(help="train or test (CIFAR, digits)")] = "train",
+    root: Annotated[Path | None, typer.Option(help="folder of the downloaded data set, or of a list's images")] = None,
+    download: Annotated[bool, typer.Option("--download", help="fetch the data set when it is not there")] = False,
+    url: Annotated[str | None, typer.Option(help="download from here instead of the published address")] = None,
+    labels: Annotated[bool, typer.Option(help="folder names are classes")] = True,
+    resolution: Annotated[int | None, typer.Option(help="reduce the short side to this many pixels")] = None,
+    mode: Annotated[str | None, typer.Option(help="jpg or raw")] = None,
+    quality: Annotated[int, typer.Option(help="JPEG quality of images that are encoded anew")] = 95,
+    window: Annotated[tuple[float, float] | None, typer.Option(help="LOW HIGH of 16-bit images")] = None,
+    workers: Annotated[int | None, typer.Option(help="threads; all cores by default")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="an unreadable image is an error")] = False,
+    force: Force = False,
+) -> None:
+    """Convert images to one .beton file. Unreadable images are skipped and listed."""
+    from dataset_tools.convert import convert_source
+
+    with progress_bar("converting") as progress:
+        done = convert_source(
+            source,
+            out,
+            format=format,
+            split=split,
+            root=root,
+            download=download,
+            url=url,
+            labels=labels,
+            resolution=resolution,
+            mode=mode,
+            quality=quality,
+            window=window,
+            workers=workers,
+            strict=strict,
+            force=force,
+            progress=lambda count, total, size: progress(count, total),
+        )
+    typer.echo(done.text())
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="a .beton file")],
+    decode: Annotated[bool | None, typer.Option(help="decode every image too")] = None,
+) -> None:
+    """Check a .beton file against its manifest, every byte of it."""
+    from dataset_tools.verify import verify as check
+
+    with progress_bar("verifying") as progress:
+        found = check(file, decode=decode, progress=progress)
+    typer.echo(found.text())
+    found.raise_if_damaged()
+
+
+@app.command()
+def configs(
+    copy: Annotated[str | None, typer.Option(help="put this recipe into the current folder")] = None,
+    force: Force = False,
+) -> None:
+    """List the recipes, or copy one."""
+    from relssl.recipes import list_recipes, recipe_path
+
+    if copy is None:
+        for name in list_recipes():
+            typer.echo(name)
+        typer.echo("next: relssl configs --copy NAME, or relssl train NAME data.train=FILE.beton", err=True)
+        return
+    path = recipe_path(copy)
+    target = Path(path.name)
+    if target.exists() and not force:
+        raise ConfigError(f"{target} exists; use --force to overwrite it")
+    target.write_bytes(path.read_bytes())
+    typer.echo(f"{target} is a copy of {copy}\nnext: relssl train {target} data.train=FILE.beton")
+
+
+@app.command()
+def validate(
+    config: Annotated[str, typer.Argument(help="recipe name or YAML file")], overrides: Overrides = None
+) -> None:
+    """Check a recipe without any data."""
+    recipe = load(config, overrides)
+    for until, plan in recipe.views.specs():
+        phase = "" if until is None else f" until epoch {until}"
+        sizes = ", ".join(f"{spec.count} x {spec.name} {spec.size} px" for spec in plan)
+        typer.echo(f"views{phase}: {sizes}")
+    typer.echo(
+        f"{config} is valid: {recipe.method['name']}, {recipe.backbone.name}, {recipe.train.epochs} epochs, "
+        f"batch {recipe.train.batch_size}"
+    )
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    import json
+
+    from relssl.config import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=1))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and what is missing."""
+    from relssl.doctor import doctor as check
+    from relssl.doctor import format_checks, has_problem
+
+    checks = check()
+    for line in format_checks(checks):
+        typer.echo(line)
+    if has_problem(checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def views(
+    config: Annotated[str, typer.Argument(help="recipe name or YAML file")],
+    overrides: Overrides = None,
+    out: Out = Path("views.png"),
+    images: Annotated[int, typer.Option(help="how many images")] = 8,
+    draws: Annotated[int, typer.Option(help="rows per image, each another draw")] = 1,
+    epoch: Annotated[int, typer.Option(help="whose views")] = 0,
+) -> None:
+    """Draw a sheet of the views that a recipe makes of its training images."""
+    recipe = load(config, overrides)
+    from relssl.sheets import draw_views
+
+    typer.echo(f"views: {draw_views(recipe, out, num_images=images, epoch=epoch, num_draws=draws)}")
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="recipe name or YAML file")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="run folder; runs/<recipe> by default")] = None,
+    resume: Annotated[str, typer.Option(help="auto: go on from the newest checkpoint in --out, if any")] = "never",
+    seeds: Annotated[str | None, typer.Option(help="several runs, e.g. 1,2,3: folders <out>-seed1, ...")] = None,
+) -> int:
+    """Train a recipe. With several GPUs: accelerate launch -m relssl.train CONFIG ..."""
+    if resume not in ("never", "auto"):
+        raise ConfigError(f"--resume is auto or never, got {resume!r}")
+    folder = out or Path("runs") / config.removesuffix(".yaml").removeprefix("configs/").replace("/", "-").lstrip(".-")
+    chosen = None if seeds is None else _whole_numbers(seeds, "--seeds")
+    runs = [(folder, [])] if chosen is None else [(Path(f"{folder}-seed{s}"), [f"train.seed={s}"]) for s in chosen]
+    recipes = [load(config, [*(overrides or []), *extra]) for _, extra in runs]
+    set_up_log()
+    from relssl import dist
+    from relssl.train import train as train_recipe
+
+    command = shlex.join(["relssl", *sys.argv[1:]])
+    code = 0
+    for recipe, (place, _) in zip(recipes, runs, strict=True):
+        code = train_recipe(recipe, place, resume=resume == "auto", command=command)
+        if code:
+            break
+        if dist.rank() == 0:
+            _after_training(recipe, place)
+    return code
+
+
+@eval_app.command("knn")
+def eval_knn(
+    weights: Annotated[Path, typer.Option(help="run folder or backbone.safetensors")],
+    train: Annotated[Path | None, typer.Option(help="labelled .beton; the run's own by default")] = None,
+    test: Annotated[Path | None, typer.Option(help="labelled .beton; the run's own by default")] = None,
+    k: Annotated[int | None, typer.Option(help="neighbours; the recipe's by default", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="the recipe's by default")] = None,
+    random_init: Annotated[bool, typer.Option("--random-init", help="the weights that the run started from")] = False,
+    device: Device = "auto",
+) -> None:
+    """Weighted kNN top-1 and top-5."""
+    set_up_log()
+    from relssl.evaluate import evaluate_knn, open_weights
+
+    chosen = open_weights(weights, random_init=random_init)
+    command = shlex.join(["relssl", *sys.argv[1:]])
+    entry = evaluate_knn(chosen, train, test, k=k, temperature=temperature, device=device, command=command)
+    _show(entry, chosen.folder)
+
+
+@eval_app.command("linear")
+def eval_linear(
+    weights: Annotated[Path, typer.Option(help="run folder or backbone.safetensors")],
+    train: Annotated[Path | None, typer.Option(help="labelled .beton; the run's own by default")] = None,
+    test: Annotated[Path | None, typer.Option(help="labelled .beton; the run's own by default")] = None,
+    protocol: Annotated[str | None, typer.Option(help="the recipe's by default; cached takes seconds")] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="key=value of the protocol, as often as wanted")] = None,
+    seeds: Annotated[str | None, typer.Option(help="seeds of the probe, e.g. 0,1,2")] = None,
+    random_init: Annotated[bool, typer.Option("--random-init", help="the weights that the run started from")] = False,
+    device: Device = "auto",
+) -> None:
+    """Linear evaluation on frozen features, by the method's own protocol unless told otherwise."""
+    set_up_log()
+    from relssl.config import apply_override
+    from relssl.evaluate import evaluate_linear, open_weights
+
+    options: dict[str, Any] = {}
+    for text in setting or []:
+        apply_override(options, text)
+    chosen = open_weights(weights, random_init=random_init)
+    entry = evaluate_linear(
+        chosen,
+        train,
+        test,
+        protocol=protocol,
+        options=options,
+        seeds=None if seeds is None else _whole_numbers(seeds, "--seeds"),
+        device=device,
+        command=shlex.join(["relssl", *sys.argv[1:]]),
+    )
+    _show(entry, chosen.folder)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
+    """Write report.html into a run folder."""
+    from relssl.report import write_report
+
+    typer.echo(f"report: {write_report(run)}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="folder for data and run")] = Path("relssl-demo"),
+) -> int:
+    """Convert, pre-train, evaluate and report on an embedded data set: no data, no GPU, no edits."""
+    set_up_log()
+    from relssl.demo import run_demo
+
+    return run_demo(out)
+
+
+def load(config: str, overrides: Sequence[str] | None) -> Any:
+    """A recipe by file or by name."""
+    from relssl.config import load_recipe
+    from relssl.recipes import recipe_path
+
+    given = list(overrides or [])
+    for text in given:
+        if "=" not in text:
+            raise ConfigError(f"an override is key.sub=value, got {text!r}")
+    is_file = Path(config).is_file() or (Path(config).suffix in (".yaml", ".yml") and Path(config).parent.is_dir())
+    return load_recipe(config if is_file else recipe_path(config), given)
+
+
+def set_up_log() -> None:
+    """Lines with the time on standard error; coloured on a terminal, plain elsewhere."""
+    logger = logging.getLogger("relssl")
+    if logger.handlers:
+        return
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler = RichHandler(
+            console=Console(stderr=True), show_path=False, show_level=False, omit_repeated_times=False
+        )
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+@contextlib.contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar with rate and time left on a terminal; nothing elsewhere, where the summary says it all."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _after_training(recipe: Any, folder: Path) -> None:
+    """The report, and what to type next."""
+    from relssl.report import write_report
+
+    typer.echo(f"report: {write_report(folder)}")
+    if recipe.data.test is not None:
+        typer.echo(f"next: relssl eval knn --weights {folder}\n      relssl eval linear --weights {folder}")
+    else:
+        typer.echo(f"next: relssl eval knn --weights {folder} --train LABELLED.beton --test TEST.beton")
+
+
+def _show(entry: dict[str, Any], folder: Path) -> None:
+    def text(score: dict[str, Any] | None) -> str:
+        if score is None:
+            return "-"
+        spread = f" ± {score['std']:.2f} ({len(score['values'])} seeds)" if len(score["values"]) > 1 else ""
+        return f"{score['mean']:.2f} %{spread}"
+
+    typer.echo(
+        f"{entry['evaluator']}, {entry['weights']} {entry['backbone']}, {entry['num_train']} train and "
+        f"{entry['num_test']} test images: top-1 {text(entry['top1'])}, top-5 {text(entry['top5'])}"
+    )
+    typer.echo(f"results: {folder / 'results.json'}\nnext: relssl report {folder}")
+
+
+def _whole_numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{option} takes whole numbers with commas between them, such as 1,2,3; got {text!r}"
+        ) from None
+
+
+def _refuse_planned(arguments: list[str]) -> None:
+    if arguments and arguments[0] in PLANNED:
+        raise ConfigError(f"`relssl {arguments[0]}` is not in this version yet; `relssl --help` lists what is")
+    if arguments[:1] == ["eval"] and len(arguments) > 1 and arguments[1] in PLANNED_EVALUATORS:
+        raise ConfigError(f"`relssl eval {arguments[1]}` is not in this version yet; there are: knn, linear")
+
+
+def _say_error(message: str) -> None:
+    typer.echo(f"relssl: {message}", err=True)

@@ -1,0 +1,92 @@
+"""Evaluation while training: weighted kNN where there are labels, RankMe and uniformity where there are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipelines import beton
+from pipelines.errors import InputError
+from pipelines.loader import ViewLoader
+from pipelines.subset import spread
+from relssl import dist
+from relssl.config import Recipe
+from relssl.encode import encode, feature_loader
+from relssl.evaluators.knn import knn_accuracy
+from relssl.evaluators.label_free import neighbours_of, rankme, uniformity
+
+_SHEET_QUERIES, _SHEET_NEIGHBOURS = 8, 6
+_UNIFORMITY_IMAGES = 2048
+
+
+class OnlineEvaluator:
+    """Keeps its data open for the length of a run. Every rank must call `run`; all get the same numbers."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, dtype: torch.dtype):
+        assert recipe.eval.online is not None
+        self.recipe = recipe
+        self.files = [beton.open(recipe.data.probe or recipe.data.train)]
+        train = spread(self.files[0], recipe.eval.online.num_train)
+        self.labelled = bool((self.files[0].labels >= 0).all())
+        sets = [train]
+        if self.labelled and recipe.data.test is not None:
+            self.files.append(beton.open(recipe.data.test))
+            self.labelled = bool((self.files[1].labels >= 0).all())
+            if self.labelled:
+                sets.append(spread(self.files[1], recipe.eval.online.num_test))
+        self.labelled = self.labelled and len(sets) == 2
+        self.loaders = [self._loader(files, device, dtype) for files in sets]
+
+    def run(self, encoder: nn.Module) -> list[dict[str, Any]]:
+        """Records for metrics.jsonl, without update and epoch."""
+        features, labels = encode(encoder, self.loaders[0])
+        if not self.labelled:
+            few = features[:: max(len(features) // _UNIFORMITY_IMAGES, 1)]  # its cost grows with the square
+            return [{"evaluator": "rankme", "rankme": rankme(features), "uniformity": uniformity(few)}]
+        test_features, test_labels = encode(encoder, self.loaders[1])
+        knn = self.recipe.eval.knn
+        k = min(knn.k, len(features))
+        scores = knn_accuracy(features, labels, test_features, test_labels, k=k, temperature=knn.temperature)
+        return [{"evaluator": "knn", **scores, "k": k, "rankme": rankme(features)}]
+
+    def neighbour_sheet(self, encoder: nn.Module, out: Path) -> None:
+        """Draw some images of the training data with their nearest neighbours."""
+        features, _ = encode(encoder, self.loaders[0])
+        if dist.rank() != 0 or len(features) < 2:
+            return
+        from relssl.pictures import neighbour_sheet
+
+        count = min(_SHEET_QUERIES, len(features))
+        queries = torch.arange(count) * len(features) // count
+        found, similarity = neighbours_of(features, queries, k=min(_SHEET_NEIGHBOURS, len(features) - 1))
+        files = self.loaders[0].files
+        rows = [
+            (files.decode(int(q)), [files.decode(int(i)) for i in row])
+            for q, row in zip(queries.tolist(), found.tolist(), strict=True)
+        ]
+        names: dict[str, Any] = {}
+        if files.classes and (files.labels >= 0).all():
+            names["query_labels"] = [files.classes[files.labels[q]] for q in queries.tolist()]
+            names["neighbour_labels"] = [[files.classes[files.labels[i]] for i in row] for row in found.tolist()]
+        neighbour_sheet(rows, similarities=similarity.tolist(), **names).save(out)
+
+    def close(self) -> None:
+        for loader in self.loaders:
+            loader.close()
+        for files in self.files:
+            files.close()
+
+    def _loader(self, files: Any, device: torch.device, dtype: torch.dtype) -> ViewLoader:
+        if not len(files):
+            raise InputError("the data for online evaluation is empty")
+        return feature_loader(
+            files,
+            self.recipe.eval_spec(),
+            batch_size=self.recipe.eval.batch_size,
+            device=device,
+            dtype=dtype,
+            workers=self.recipe.data.workers,
+        )

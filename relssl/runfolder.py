@@ -1,0 +1,182 @@
+"""The folder of a run: `config.yaml env.json metrics.jsonl log.txt checkpoints/ backbone.safetensors results.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import ConfigError, InputError
+from relssl.config import Recipe, parse_yaml
+
+# Settings that may differ when a run is resumed: they do not touch a single number of the training.
+RESUMABLE = ("about", "data.workers", "train.log_every", "train.tensorboard", "train.checkpoint", "eval")
+RESULTS_FORMAT = 1
+
+
+class RunFolder:
+    """Paths of a run and what is written into them. Only the main process writes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def backbone(self) -> Path:
+        return self.path / "backbone.safetensors"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    def recipe(self) -> Recipe:
+        """The resolved configuration of the run.
+
+        Raises:
+            InputError: this is not the folder of a run.
+        """
+        if not self.config.is_file():
+            raise InputError(f"{self.path} is not a run folder: it has no config.yaml")
+        return Recipe.model_validate(parse_yaml(self.config.read_text(encoding="utf-8"), str(self.config)))
+
+    def create(self, recipe: Recipe, command: str) -> None:
+        """Write config.yaml and env.json; on a resumed run, check that nothing that matters has changed.
+
+        Raises:
+            ConfigError: the folder holds a run with another configuration; the message names the keys.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.config.is_file():
+            changed = changed_settings(self.recipe(), recipe)
+            if changed:
+                raise ConfigError(
+                    f"{self.path} was started with another configuration; a resumed run must be the same one. "
+                    f"Changed: {'; '.join(changed)}. Choose another folder with --out, or restore these settings."
+                )
+        write_atomically(self.config, recipe.to_yaml())
+        write_atomically(self.path / "env.json", json.dumps({"command": command, **environment()}, indent=1))
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All whole lines of metrics.jsonl; a line cut by a kill is left out."""
+        records = []
+        if self.metrics.is_file():
+            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError:
+                    continue
+        return records
+
+    def forget_metrics_after(self, update: int) -> None:
+        """Drop records past a checkpoint: the resumed run writes them again."""
+        kept = [r for r in self.read_metrics() if r.get("update", 0) <= update]
+        write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in kept))
+
+    def add_result(self, entry: Mapping[str, Any]) -> None:
+        """Put an entry into results.json; an earlier one of the same protocol, weights and data is replaced."""
+
+        def key(e: Mapping[str, Any]) -> tuple[Any, ...]:
+            protocol = e.get("protocol", {}).get("name")
+            return (protocol, *(e.get(k) for k in ("evaluator", "weights", "train", "test", "epochs")))
+
+        entries = [e for e in read_results(self.path) if key(e) != key(entry)] + [dict(entry)]
+        write_atomically(self.results, json.dumps({"format": RESULTS_FORMAT, "results": entries}, indent=1))
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The entries of a results.json, none when it does not exist."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return []
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["results"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a results file of relssl: {error}; move it away to start a new one") from None
+
+
+def changed_settings(old: Recipe, new: Recipe) -> list[str]:
+    """Settings that differ and may not, as `key: old -> new`."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and not any(key == free or key.startswith(free + ".") for free in RESUMABLE)
+    ]
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return out
+
+
+def environment() -> dict[str, Any]:
+    """What a figure needs beside it: versions, processor, devices, threads, date."""
+    import torch
+
+    from relssl._version import __version__
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "relssl": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": devices,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "started": now(),
+        "argv": sys.argv,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the old file or the new one, never half of one."""
+    work = path.with_name(f".{path.name}.writing")
+    with work.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(work, path)

@@ -1,0 +1,75 @@
+"""`relssl views`: a picture of what a recipe's views look like, originals on the left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines import beton
+from pipelines.loader import ViewLoader
+from pipelines.subset import spread
+from pipelines.views import ViewSpec, expand
+from relssl.config import Recipe
+from relssl.pictures import sheet
+
+
+def draw_views(recipe: Recipe, out: Path, *, num_images: int = 8, epoch: int = 0, num_draws: int = 1) -> Path:
+    """Write a sheet of the views of some images of the training data.
+
+    Args:
+        num_images: evenly spaced over the data.
+        epoch: which epoch's plan and draw.
+        num_draws: rows per image, each the draw of another epoch.
+    """
+    with beton.open(recipe.data.train) as files:
+        chosen = spread(files, num_images)
+        with ViewLoader(
+            chosen,
+            recipe.views.specs(),
+            global_batch=len(chosen),
+            engine=recipe.data.engine,
+            seed=recipe.train.seed,
+            shuffle=False,
+        ) as loader:
+            drawn = []
+            for e in range(epoch, epoch + num_draws):
+                loader.set_position(e, 0)
+                batch = next(iter(loader))
+                drawn.append(_columns(loader.plan_of(e), batch.views))
+            rows = [
+                (_label(chosen, i), [chosen.decode(i), *[view[i] for view in columns]])
+                for i in range(len(chosen))
+                for columns in drawn
+            ]
+            titles = ["original", *[spec.name for spec in expand(loader.plan_of(epoch))]]
+    name = recipe.method["name"]
+    picture = sheet(rows, column_titles=titles, title=f"{name}: views, epoch {epoch}, seed {recipe.train.seed}")
+    picture.save(out)
+    return out
+
+
+def _columns(plan: Sequence[ViewSpec], views: dict[str, tuple[Tensor, ...]]) -> list[np.ndarray]:
+    """uint8 (B, S, S, 3) per view in plan order, normalisation undone."""
+    taken = dict.fromkeys(views, 0)
+    columns = []
+    for spec in expand(plan):
+        view = views[spec.name][taken[spec.name]].float()
+        taken[spec.name] += 1
+        if spec.normalize is not None:
+            mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in spec.normalize)
+            view = view * std + mean
+        pixels = (view.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+        columns.append(pixels.permute(0, 2, 3, 1).contiguous().numpy())
+    return columns
+
+
+def _label(files: Any, index: int) -> str:
+    label = int(files.labels[index])
+    if label < 0:
+        return ""
+    return files.classes[label] if files.classes else str(label)

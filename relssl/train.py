@@ -1,0 +1,568 @@
+"""The trainer. Read it from top to bottom: set up, the loop, the end of an epoch, one update.
+
+    relssl train CONFIG [key.sub=value ...] --out RUN
+    accelerate launch -m relssl.train CONFIG [key.sub=value ...] --out RUN
+
+Training is a function of (config, data, world size): every random number is keyed by its place, so the only state
+is parameters, buffers, optimizer, gradient scaler and position, and a run that was killed ends where it would have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from time import perf_counter
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from pipelines import beton
+from pipelines.batch import ViewBatch
+from pipelines.errors import ConfigError, RunError
+from pipelines.loader import ViewLoader
+from relssl import checkpoint, dist
+from relssl.checkpoint import Position, Saved
+from relssl.config import Optim, Recipe
+from relssl.dist import mix
+from relssl.encode import encode, feature_loader
+from relssl.methods import load_method
+from relssl.methods.base import DataInfo, Method, Step
+from relssl.nets import build_backbone, set_norm
+from relssl.online import OnlineEvaluator
+from relssl.optim import (
+    build_optimizer,
+    constant,
+    exponential,
+    multistep,
+    parameter_groups,
+    scale_lr,
+    warmup_cosine,
+)
+from relssl.progress import Rate, Stopwatch, duration
+from relssl.runfolder import RunFolder
+from relssl.weights import save_backbone
+
+log = logging.getLogger("relssl.train")
+
+EXIT_REQUEUE = 75
+_ESTIMATE_UPDATES = 3  # the first warms up, the others are timed
+_ESTIMATE_FROM = 50  # shorter runs are over before an estimate would pay
+
+
+def train(recipe: Recipe, out: Path, *, resume: bool = False, command: str = "relssl train") -> int:
+    """Train a recipe into a run folder; every rank calls it.
+
+    Args:
+        out: the run folder; a new one unless `resume`.
+        resume: continue from the newest whole checkpoint in `out`, from the start if there is none.
+        command: recorded in env.json.
+
+    Returns:
+        The exit code: 0, 75 after SIGUSR1, 128 + n after signal n (a checkpoint has been written).
+
+    Raises:
+        ConfigError, InputError: before the first update.
+        RunError: a loss that is not finite; the last checkpoint is from before.
+    """
+    accelerator = Accelerator(
+        mixed_precision=_mixed_precision(recipe.train.precision),
+        log_with="tensorboard" if recipe.train.tensorboard else None,
+        project_dir=str(out),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    folder = RunFolder(out)
+    with _on_main_first(accelerator):
+        _check_folder(folder, resume)
+        folder.create(recipe, command) if accelerator.is_main_process else None
+    with _LogFile(folder.log, accelerator.is_main_process), StopSignals() as signals:
+        return Trainer(recipe, folder, accelerator, resume).run(signals)
+
+
+class Trainer:
+    """One run on one rank: builds everything in `__init__`, trains in `run`."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, accelerator: Accelerator, resume: bool):
+        self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
+        self.is_main, self.device = accelerator.is_main_process, accelerator.device
+        self.seed = recipe.train.seed
+        self.dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
+        self.loader = ViewLoader(
+            beton.open(recipe.data.train),
+            recipe.views.specs(),
+            global_batch=recipe.train.batch_size,
+            num_micro=recipe.train.num_micro,
+            engine=recipe.data.engine,
+            device=self.device,
+            seed=self.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            drop_last=recipe.train.drop_last,
+            dtype=self.dtype,
+            workers=recipe.data.workers,
+        )
+        self.per_epoch = self.loader.updates_per_epoch
+        self.total = self.per_epoch * recipe.train.epochs
+        self.method = build_method(recipe, data_info(recipe, self.loader)).to(self.device, self.dtype)
+        self.optimizer = make_optimizer(recipe.optim, self.method)
+        self.schedule = make_schedule(recipe.optim, self.per_epoch, self.total, recipe.train.batch_size)
+        self.ddp, self.optimizer = accelerator.prepare(self.method, self.optimizer)
+        if recipe.train.compile:
+            self.method.encoder.compile()
+        self.names = {id(p): name for name, p in self.method.named_parameters()}
+        self.position = self._restore() if resume else Position()
+        dist.assert_equal_across_ranks(chain(self.method.named_parameters(), self.method.named_buffers()))
+        online = recipe.eval.online
+        self.online = OnlineEvaluator(recipe, self.device, self.dtype) if online is not None else None
+
+    def run(self, signals: StopSignals) -> int:
+        """Train from the current position to the end, or to a signal."""
+        self._announce()
+        if self.recipe.train.tensorboard:
+            self.accelerator.init_trackers("relssl")
+        self.method.train()
+        self.stopwatch, self.rate = Stopwatch(self.device), Rate(self.total, self.position.total)
+        while self.position.epoch < self.recipe.train.epochs:
+            epoch = self.position.epoch
+            if self.position.update == 0:
+                self.method.before_epoch(self._step(), self._encode_train)
+            for metrics in self._updates():
+                if self._is_report():
+                    self._report(metrics)
+                if signals.agreed(self.device, at_report=self._is_report()):
+                    self._save()
+                    return self._stopped(signals)
+            self._end_epoch(epoch)
+        self._finish()
+        return 0
+
+    def _updates(self) -> Iterator[dict[str, Tensor]]:
+        """Run the rest of the epoch, one update at a time; `position` has moved when the metrics come out."""
+        self.loader.set_position(self.position.epoch, self.position.update)
+        batches = iter(self.loader)
+        try:
+            for update in range(self.position.update, self.per_epoch):
+                micro_batches = islice(batches, self.recipe.train.num_micro)
+                metrics = self._run_update(micro_batches, self.loader.sizes[update])
+                self.position = Position(self.position.epoch, update + 1, self.position.total + 1)
+                self.rate.count(self.loader.sizes[update])
+                every = self.recipe.train.checkpoint.every_updates
+                if every is not None and self.position.total % every == 0:
+                    self._check_finite(metrics)
+                    self._save()
+                yield metrics
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+
+    def _run_update(self, micro_batches: Iterable[ViewBatch], num_images: int) -> dict[str, Tensor]:
+        return run_update(
+            self.ddp,
+            self.optimizer,
+            micro_batches,
+            self._step(),
+            schedule=self.schedule,
+            num_images=num_images,
+            clip_norm=self.recipe.train.clip_norm,
+            accelerator=self.accelerator,
+            stopwatch=self.stopwatch,
+        )
+
+    def _step(self) -> Step:
+        return Step(
+            update=self.position.total,
+            epoch=self.position.epoch,
+            num_micro=self.recipe.train.num_micro,
+            seed=self.seed,
+        )
+
+    def _end_epoch(self, epoch: int) -> None:
+        done = epoch + 1
+        online = self.recipe.eval.online
+        last = done == self.recipe.train.epochs
+        if self.online is not None and online is not None and (done % online.every_epochs == 0 or last):
+            with self.stopwatch.on_host("evaluate"):
+                for record in self.online.run(self.method.encoder):
+                    self._record({"kind": "eval", "update": self.position.total, "epoch": done, **record})
+        self.position = Position(done, 0, self.position.total)
+        every = self.recipe.train.checkpoint.every_epochs
+        if last or (every is not None and done % every == 0):
+            self._save()
+
+    def _finish(self) -> None:
+        if self.is_main:
+            save_backbone(self.folder.backbone, self.method.encoder, self.recipe, self.recipe.train.epochs)
+        if self.online is not None:
+            self.online.neighbour_sheet(self.method.encoder, self.folder.path / "neighbours.png")
+            self.online.close()
+        self.loader.close()
+        if self.recipe.train.tensorboard:
+            self.accelerator.end_training()
+        self._say(f"done: {self.total} updates. The backbone is {self.folder.backbone}")
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Write a checkpoint on the main process; the others wait for it."""
+        if self.is_main:
+            saved = Saved(
+                self.method.state_dict(),
+                checkpoint.optimizer_tensors(self.optimizer, self.names),
+                self.position,
+                {"scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None},
+            )
+            checkpoint.save(self.folder.checkpoints, saved, keep=self.recipe.train.checkpoint.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self) -> Position:
+        found = checkpoint.list_checkpoints(self.folder.checkpoints)
+        if not found:
+            self._say("no checkpoint yet: starting from the beginning")
+            if self.is_main:
+                self.folder.forget_metrics_after(-1)
+            return Position()
+        saved = checkpoint.load(found[-1])
+        checkpoint.load_model(self.method, saved.model, str(found[-1]))
+        checkpoint.load_optimizer(self.optimizer, self.names, saved.optimizer)
+        if self.accelerator.scaler is not None and saved.extra.get("scaler"):
+            self.accelerator.scaler.load_state_dict(saved.extra["scaler"])
+        if self.is_main:
+            self.folder.forget_metrics_after(saved.position.total)
+        self.accelerator.wait_for_everyone()
+        return saved.position
+
+    def _encode_train(self) -> Tensor:
+        with contextlib.closing(
+            feature_loader(
+                self.loader.files,
+                self.recipe.eval_spec(),
+                batch_size=self.recipe.eval.batch_size,
+                device=self.device,
+                dtype=self.dtype,
+            )
+        ) as loader:
+            return encode(self.method.encoder, loader)[0].float()
+
+    # -- words and numbers ---------------------------------------------------------------------------------------
+
+    def _announce(self) -> None:
+        recipe, loader = self.recipe, self.loader
+        self._say(
+            f"{recipe.method['name']} with {recipe.backbone.name} on {len(loader.files)} images: "
+            f"{recipe.train.epochs} epochs of {self.per_epoch} updates of {recipe.train.batch_size} images, "
+            f"on {self.accelerator.num_processes} process(es), {self.device}, "
+            f"{self.accelerator.mixed_precision if self.dtype == torch.float32 else 'fp64'}"
+        )
+        self._say(f"engine: {loader.engine_name} ({loader.engine_reason})")
+        if self.position.total:
+            self._say(f"resuming at epoch {self.position.epoch}, update {self.position.update} of {self.per_epoch}")
+        left = self.total - self.position.total
+        if left >= _ESTIMATE_FROM:
+            self._say(f"estimated time: {duration(left * self._seconds_per_update())} for {left} updates")
+
+    def _seconds_per_update(self) -> float:
+        """Time a few real updates, then put everything back as it was."""
+        before = Saved(
+            {k: v.detach().cpu().clone() for k, v in self.method.state_dict().items()},
+            {k: v.cpu().clone() for k, v in checkpoint.optimizer_tensors(self.optimizer, self.names).items()},
+            self.position,
+        )
+        scaler = self.accelerator.scaler
+        scale = None if scaler is None else scaler.state_dict()
+        self.method.train()
+        self.stopwatch = Stopwatch(self.device)
+        self.loader.set_position(self.position.epoch, 0)
+        batches = iter(self.loader)
+        seconds = []
+        for _ in range(min(_ESTIMATE_UPDATES, self.per_epoch)):
+            start = perf_counter()
+            metrics = self._run_update(islice(batches, self.recipe.train.num_micro), self.loader.sizes[0])
+            float(metrics["loss"])  # wait for the device
+            seconds.append(perf_counter() - start)
+        batches.close()  # type: ignore[attr-defined]
+        checkpoint.load_model(self.method, before.model, "the state before the estimate")
+        checkpoint.load_optimizer(self.optimizer, self.names, before.optimizer)
+        if scaler is not None and scale is not None:
+            scaler.load_state_dict(scale)
+        return min(seconds)
+
+    def _is_report(self) -> bool:
+        return self.position.total % self.recipe.train.log_every == 0 or self.position.total == self.total
+
+    def _report(self, metrics: dict[str, Tensor]) -> None:
+        values = self._check_finite(metrics)
+        record = {
+            "kind": "train",
+            "update": self.position.total,
+            "epoch": round(self.position.epoch + self.position.update / self.per_epoch, 6),
+            "loss": values.pop("loss"),
+            "lr": self.schedule(self.position.total - 1),
+            "images_per_second": round(self.rate.take(), 2),
+            "seconds": self.stopwatch.take(),
+            **values,
+        }
+        if self.loader.num_unreadable:
+            record["unreadable_images"] = self.loader.num_unreadable
+        self._record(record)
+
+    def _check_finite(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """Metrics as numbers, averaged over ranks.
+
+        Raises:
+            RunError: the loss is not finite.
+        """
+        stacked = torch.stack([value.detach().double() for value in metrics.values()])
+        stacked = dist.all_reduce_sum(stacked) / dist.world_size()
+        values = dict(zip(metrics, stacked.tolist(), strict=True))
+        if not math.isfinite(values["loss"]):
+            found = checkpoint.list_checkpoints(self.folder.checkpoints)
+            raise RunError(
+                f"the loss is {values['loss']} at update {self.position.total}; expected a finite number. "
+                f"The last checkpoint is {found[-1] if found else 'none'}. Lower optim.lr, lengthen the warm-up, or "
+                "try train.precision: fp32"
+            )
+        return values
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if not self.is_main:
+            return
+        self.folder.append_metrics(record)
+        if self.recipe.train.tensorboard:
+            numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "update"}
+            self.accelerator.log({f"{record['kind']}/{k}": v for k, v in numbers.items()}, step=record["update"])
+        if record["kind"] == "eval":
+            shown = "  ".join(f"{k} {v:.2f}" for k, v in record.items() if isinstance(v, float))
+            self._say(f"epoch {record['epoch']}: {record['evaluator']}  {shown}")
+        else:
+            left = duration(self.rate.seconds_left(self.position.total))
+            self._say(
+                f"update {record['update']}/{self.total}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f}  "
+                f"lr {record['lr']:.4g}  {record['images_per_second']:.0f} images/s  {left} left"
+            )
+
+    def _say(self, line: str) -> None:
+        if self.is_main:
+            log.info(line)
+
+    def _stopped(self, signals: StopSignals) -> int:
+        self._say(
+            f"stopped at update {self.position.total} of {self.total} by {signals.name}; a checkpoint is written. "
+            f"Go on with: relssl train {self.folder.config} --out {self.folder.path} --resume auto"
+        )
+        self.loader.close()
+        return signals.exit_code
+
+
+def run_update(
+    ddp: nn.Module,
+    optimizer: Any,
+    micro_batches: Iterable[ViewBatch],
+    step: Step,
+    *,
+    schedule: Callable[[int], float],
+    num_images: int,
+    clip_norm: float | None = None,
+    accelerator: Accelerator | None = None,
+    stopwatch: Stopwatch | None = None,
+) -> dict[str, Tensor]:
+    """One update of the parameters: forward and backward of each micro-batch, then one optimizer step.
+
+    Args:
+        ddp: the method, wrapped by DistributedDataParallel or not.
+        micro_batches: `step.num_micro` batches of this rank.
+        step: `update`, `epoch`, `num_micro` and `seed` are read; `micro` is filled in here.
+        schedule: update -> learning rate.
+        num_images: images of the global batch over all ranks and micro-batches.
+        clip_norm: largest norm of the gradient.
+        accelerator: None runs without autocast and gradient scaler, as tests do.
+
+    Returns:
+        Metrics as 0-d tensors, averaged over micro-batches; `loss` is this rank's mean over its images.
+    """
+    method = ddp.module if hasattr(ddp, "module") else ddp
+    assert isinstance(method, Method)
+    stopwatch = stopwatch or Stopwatch(torch.device("cpu"))
+    for group in optimizer.param_groups:
+        group["lr"] = schedule(step.update)
+    totals: dict[str, Tensor] = {}
+    batches = iter(micro_batches)
+    for micro in range(step.num_micro):
+        with stopwatch.on_host("wait"):
+            batch = next(batches)
+        here = Step(step.update, step.epoch, micro, step.num_micro, step.seed)
+        torch.manual_seed(mix(step.seed, step.update, micro, dist.rank()))
+        syncs = here.is_last_micro or not hasattr(ddp, "no_sync")
+        with contextlib.nullcontext() if syncs else ddp.no_sync():  # type: ignore[operator]
+            with stopwatch.measure("forward"):
+                loss, metrics = ddp(batch, here)
+            with stopwatch.measure("backward"):
+                # DDP averages over ranks; the update is the mean over all images of the global batch.
+                share = loss * (len(batch) * dist.world_size() / num_images)
+                share.backward() if accelerator is None else accelerator.backward(share)
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            totals[name] = totals.get(name, 0) + value / step.num_micro
+    with stopwatch.measure("optimizer"):
+        if clip_norm is not None:
+            clip = nn.utils.clip_grad_norm_ if accelerator is None else accelerator.clip_grad_norm_
+            clip(method.parameters(), clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if not getattr(optimizer, "step_was_skipped", False):
+            method.after_update(step)
+    return totals
+
+
+def build_method(recipe: Recipe, data: DataInfo) -> Method:
+    """The method of a recipe with its initial weights, equal on every rank and for every world size."""
+    torch.manual_seed(mix(recipe.train.seed, "init"))
+    options = recipe.backbone.options
+    method = load_method(str(recipe.method["name"]))(
+        lambda: build_backbone(recipe.backbone.name, **options), recipe.method_config(), data
+    )
+    set_norm(method, recipe.backbone.norm, num_micro=recipe.train.num_micro)
+    return method.to(memory_format=torch.channels_last)
+
+
+def make_optimizer(optim: Optim, method: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a recipe over a method's trainable parameters."""
+    known: dict[str, dict[str, Any]] = {
+        "sgd": {"momentum": optim.momentum, "nesterov": optim.nesterov},
+        "lars": {"momentum": optim.momentum, "trust_coefficient": optim.trust_coefficient},
+        "adam": {"betas": optim.betas, "eps": optim.eps},
+        "adamw": {"betas": optim.betas, "eps": optim.eps},
+    }
+    options = known[optim.name]
+    return build_optimizer(
+        optim.name, parameter_groups(method, optim.weight_decay, optim.exclude), lr=optim.lr, **options
+    )
+
+
+def make_schedule(optim: Optim, per_epoch: int, total: int, global_batch: int) -> Callable[[int], float]:
+    """Update -> learning rate, for a recipe and a length of training in updates."""
+    base, final = (scale_lr(rate, global_batch, optim.lr_scaling) for rate in (optim.lr, optim.schedule.final))
+    schedule = optim.schedule
+    if schedule.name == "warmup_cosine":
+        return lambda update: warmup_cosine(
+            update,
+            base=base,
+            final=final,
+            warmup_steps=round(schedule.warmup_epochs * per_epoch),
+            total_steps=total,
+            inclusive_warmup=schedule.inclusive_warmup,
+        )
+    if schedule.name == "multistep":
+        milestones = [epoch * per_epoch for epoch in schedule.milestones]
+        return lambda update: multistep(update, base=base, milestones=milestones, gamma=schedule.gamma)
+    if schedule.name == "exponential":
+        return lambda update: exponential(update, base=base, final=final, total_steps=total)
+    return lambda update: constant(update, base=base)
+
+
+def data_info(recipe: Recipe, loader: ViewLoader) -> DataInfo:
+    """What the method may know of the data."""
+    labels = loader.files.labels
+    return DataInfo(
+        num_samples=len(loader.files),
+        num_classes=int(labels.max()) + 1 if (labels >= 0).all() else None,
+        global_batch=recipe.train.batch_size,
+        total_updates=loader.updates_per_epoch * recipe.train.epochs,
+        updates_per_epoch=loader.updates_per_epoch,
+    )
+
+
+class StopSignals:
+    """Ctrl-C, SIGTERM and SIGUSR1 ask for a checkpoint and an orderly end; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def agreed(self, device: torch.device, *, at_report: bool) -> bool:
+        """Whether to stop now. Several ranks agree on it whenever metrics are reported, so that all stop together."""
+        if dist.world_size() == 1:
+            return self.received is not None
+        if not at_report:
+            return False
+        number = int(dist.gather(torch.tensor([self.received or 0], device=device)).max())
+        if number:
+            self.received = number
+        return bool(number)
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.received).name if self.received else "no signal"
+
+    @property
+    def exit_code(self) -> int:
+        assert self.received is not None
+        requeue = getattr(signal, "SIGUSR1", None)
+        return EXIT_REQUEUE if self.received == requeue else 128 + self.received
+
+
+class _LogFile:
+    """Send the log of a run to its log.txt while it trains."""
+
+    def __init__(self, path: Path, wanted: bool):
+        self.handler = logging.FileHandler(path, encoding="utf-8") if wanted else logging.NullHandler()
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+
+    def __enter__(self) -> None:
+        logging.getLogger("relssl").addHandler(self.handler)
+
+    def __exit__(self, *exc: object) -> None:
+        logging.getLogger("relssl").removeHandler(self.handler)
+        self.handler.close()
+
+
+@contextlib.contextmanager
+def _on_main_first(accelerator: Accelerator) -> Iterator[None]:
+    """The main process goes through the block before the others do."""
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+    yield
+    if accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+
+
+def _check_folder(folder: RunFolder, resume: bool) -> None:
+    started = folder.metrics.is_file() or checkpoint.list_checkpoints(folder.checkpoints)
+    if started and not resume:
+        raise ConfigError(
+            f"{folder.path} holds a run already; continue it with --resume auto, or choose another folder with --out"
+        )
+
+
+def _mixed_precision(precision: str) -> str:
+    """Accelerate's name. `auto` is bfloat16 on GPUs that have it (compute capability 8.0 on), else float16."""
+    if precision == "auto":
+        if not torch.cuda.is_available():
+            return "no"
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    return precision if precision in ("bf16", "fp16") else "no"
+
+
+if __name__ == "__main__":
+    from relssl.cli import main
+
+    main(["train", *sys.argv[1:]])

@@ -1,0 +1,73 @@
+"""A backbone in a file: safetensors weights, and in the header everything needed to use them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from pipelines.errors import InputError
+from relssl.checkpoint import load_model
+from relssl.config import Recipe
+from relssl.nets import build_backbone
+
+FORMAT = "relssl-backbone-1"
+
+
+@dataclass
+class BackboneFile:
+    """A backbone with its recipe and how far it was trained."""
+
+    backbone: nn.Module
+    recipe: Recipe
+    epochs: int
+
+
+def save_backbone(path: Path, backbone: nn.Module, recipe: Recipe, epochs: int) -> None:
+    """Write a backbone's state dict with its recipe in the header; the file appears whole or not at all."""
+    tensors = {k: v.detach().to("cpu").contiguous().clone() for k, v in backbone.state_dict().items()}
+    header = {"format": FORMAT, "recipe": recipe.model_dump_json(), "epochs": str(epochs)}
+    work = path.with_name(f".{path.name}.writing")
+    save_file(tensors, work, metadata=header)
+    work.replace(path)
+
+
+def load_backbone(path: Path) -> BackboneFile:
+    """Read what `save_backbone` wrote; every key must fit.
+
+    Raises:
+        InputError: not such a file, or weights that do not fit its own recipe.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read weights from {path}: {error}") from None
+    if header.get("format") != FORMAT:
+        raise InputError(
+            f"{path} is not a backbone written by relssl (its header says {header.get('format', 'nothing')!r}); "
+            "expected the backbone.safetensors of a run"
+        )
+    recipe = Recipe.model_validate(json.loads(header["recipe"]))
+    backbone = build_backbone(recipe.backbone.name, **recipe.backbone.options)
+    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+    backbone.to(dtype)
+    load_model(backbone, tensors, str(path))
+    return BackboneFile(backbone, recipe, int(header["epochs"]))
+
+
+def describe_backbone(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a results entry that say which backbone was evaluated."""
+    return {
+        "backbone": recipe.backbone.name,
+        "method": recipe.method["name"],
+        "epochs": recipe.train.epochs,
+        "global_batch": recipe.train.batch_size,
+    }

@@ -1,0 +1,171 @@
+"""Boxes, flips and factors: distributions against torchvision's, and independence of everything but the keys."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchvision.transforms import ColorJitter, RandomResizedCrop
+
+from pipelines.draw import JITTER_OPS, Stream, counter_hash, draw
+from pipelines.views import ViewSpec
+
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+PLAN = [
+    ViewSpec("teacher", 32, box={"random_resized": {"scale": [0.2, 1.0]}}, flip=0.5),
+    ViewSpec(
+        "student",
+        24,
+        count=2,
+        box={"random_resized": {"scale": [0.2, 1.0]}},
+        flip=0.5,
+        ops=[["jitter", 0.8, JITTER], ["grey", 0.2], ["blur", 0.5, {"sigma": [0.1, 2.0]}], ["solarise", 0.2]],
+    ),
+]
+
+
+def draw_sized(plan, n, *, height, width, seed=0, epoch=0, first=0):
+    index = np.arange(first, first + n)
+    return draw(plan, seed=seed, epoch=epoch, index=index, heights=np.full(n, height), widths=np.full(n, width))
+
+
+def rows_of(params, rows):
+    """Everything that was drawn for some rows, as one flat list of arrays."""
+    arrays = [params.box, params.resized, params.offset, params.flip]
+    for op in params.ops:
+        arrays += [op.apply, *op.values.values()]
+    return [a[rows] for a in arrays]
+
+
+@given(
+    seed=st.integers(0, 2**63),
+    epoch=st.integers(0, 10**6),
+    n=st.integers(1, 40),
+    cut=st.integers(0, 40),
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+)
+def test_draw_depends_on_the_sample_alone(seed, epoch, n, cut, height, width):
+    """Any part of a batch, in any company and order, is drawn as in the whole batch."""
+    whole = draw_sized(PLAN, n, height=height, width=width, seed=seed, epoch=epoch)
+    rows = np.arange(n)[::-1][: max(cut, 1)]
+    part = draw(
+        PLAN,
+        seed=seed,
+        epoch=epoch,
+        index=rows,
+        heights=np.full(len(rows), height),
+        widths=np.full(len(rows), width),
+    )
+    for a, b in zip(whole, part, strict=True):
+        for x, y in zip(rows_of(a, rows), rows_of(b, slice(None)), strict=True):
+            assert (x == y).all()
+
+
+@given(height=st.integers(1, 400), width=st.integers(1, 400), seed=st.integers(0, 1000))
+def test_boxes_lie_inside_the_image(height, width, seed):
+    plan = [*PLAN, ViewSpec("test", 8, box={"center": {"resize": 10}}), ViewSpec("all", 8, box={"whole": {}})]
+    for params in draw_sized(plan, 16, height=height, width=width, seed=seed):
+        top, left, h, w = params.box.T
+        assert (top >= 0).all()
+        assert (left >= 0).all()
+        assert (h >= 1).all()
+        assert (w >= 1).all()
+        assert (top + h <= height).all()
+        assert (left + w <= width).all()
+        assert (params.offset >= 0).all()
+        assert (params.offset + params.size <= params.resized).all()
+
+
+def test_views_seeds_epochs_and_samples_are_drawn_apart():
+    base = draw_sized(PLAN, 64, height=40, width=50)
+    others = [
+        draw_sized(PLAN, 64, height=40, width=50, seed=1)[1],
+        draw_sized(PLAN, 64, height=40, width=50, epoch=1)[1],
+        draw_sized(PLAN, 64, height=40, width=50, first=64)[1],
+        base[2],
+    ]
+    for other in others:
+        same = (base[1].box == other.box).all(axis=1).mean()
+        assert same < 0.1
+
+
+def test_adding_an_op_leaves_earlier_draws_alone():
+    short = draw_sized([ViewSpec("a", 16, ops=[["jitter", 0.8, JITTER]])], 50, height=30, width=30)[0]
+    long = draw_sized([ViewSpec("a", 16, ops=[["jitter", 0.8, JITTER], ["grey", 0.5]])], 50, height=30, width=30)[0]
+    assert (short.box == long.box).all()
+    assert (short.ops[0].values["factors"] == long.ops[0].values["factors"]).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (32, 32), (50, 400)])
+def test_random_resized_crops_are_distributed_as_torchvisions(height, width):
+    """Mean and standard deviation of area, log ratio and centre over 20,000 boxes, within 5 standard errors."""
+    n, scale, ratio = 20_000, (0.2, 1.0), (3 / 4, 4 / 3)
+    ours = draw_sized([PLAN[0]], n, height=height, width=width)[0].box.astype(float)
+    image = torch.empty(1, height, width)
+    torch.manual_seed(0)
+    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)], dtype=float)
+    for name, f in {
+        "area": lambda b: b[:, 2] * b[:, 3] / (height * width),
+        "log ratio": lambda b: np.log(b[:, 3] / b[:, 2]),
+        "centre y": lambda b: (b[:, 0] + b[:, 2] / 2) / height,
+        "centre x": lambda b: (b[:, 1] + b[:, 3] / 2) / width,
+    }.items():
+        a, b = f(ours), f(theirs)
+        error = 5 * np.sqrt((a.var() + b.var()) / n) + 1e-9
+        assert abs(a.mean() - b.mean()) < error, name
+        assert abs(a.std() - b.std()) < 2 * error, name
+
+
+def test_jitter_is_distributed_as_torchvisions():
+    n = 20_000
+    op = draw_sized(PLAN, n, height=32, width=32)[1].ops[0]
+    torch.manual_seed(0)
+    params = [ColorJitter.get_params([0.6, 1.4], [0.6, 1.4], [0.6, 1.4], [-0.1, 0.1]) for _ in range(2000)]
+    theirs = np.array([p[1:] for p in params], dtype=float)
+    for i, name in enumerate(JITTER_OPS):
+        a = op.values["factors"][:, i]
+        assert abs(a.mean() - theirs[:, i].mean()) < 5 * theirs[:, i].std() / np.sqrt(2000), name
+        assert a.min() >= theirs[:, i].min() - 0.01, name
+        assert a.max() <= theirs[:, i].max() + 0.01, name
+    orders, counts = np.unique(op.values["order"], axis=0, return_counts=True)
+    assert len(orders) == 24
+    assert abs(counts / n - 1 / 24).max() < 0.01
+    assert abs(op.apply.mean() - 0.8) < 0.02
+
+
+def test_probabilities_and_ranges():
+    _, student, _ = draw_sized(PLAN, 20_000, height=32, width=32)
+    grey, blur, solarise = student.ops[1:]
+    assert abs(student.flip.mean() - 0.5) < 0.02
+    assert abs(grey.apply.mean() - 0.2) < 0.02
+    assert abs(blur.apply.mean() - 0.5) < 0.02
+    assert abs(solarise.apply.mean() - 0.2) < 0.02
+    sigma = blur.values["sigma"]
+    assert sigma.min() >= 0.1
+    assert sigma.max() <= 2.0
+    assert abs(sigma.mean() - 1.05) < 0.02
+    together = (grey.apply & blur.apply).mean()
+    assert abs(together - 0.1) < 0.02  # independent of each other
+
+
+def test_uniform_numbers_fill_the_interval_evenly():
+    stream = Stream(counter_hash(3, 4, 5, np.arange(100_000, dtype=np.uint64)))
+    a, b = stream.uniform(0), stream.uniform(1)
+    counts = np.histogram(a, bins=50, range=(0, 1))[0]
+    assert abs(counts - 2000).max() < 5 * np.sqrt(2000)
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.02
+    assert abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.02
+
+
+def test_the_generator_is_frozen():
+    """Runs of an earlier version must resume with the same views: these numbers never change."""
+    keys = counter_hash(1, 2, 3, np.array([0, 1, 2**40], dtype=np.uint64))
+    assert [f"{k:016x}" for k in keys] == FROZEN_KEYS
+    np.testing.assert_allclose(Stream(keys).uniform(7), FROZEN_UNIFORM, rtol=0, atol=1e-15)
+
+
+FROZEN_KEYS = ["f9a321bac6164bd8", "24e95aa7d4f5becf", "ba9d241260ee8a54"]
+FROZEN_UNIFORM = [0.7010148158518115, 0.25413396011805556, 0.47811315980965563]
