@@ -39,7 +39,7 @@ class ViewBatch:
         if len(sizes) != 1:
             raise ValueError(f"views {name!r} differ in shape, so they cannot be stacked: {sorted(sizes)}")
         if name in self._storage:
-            return self._storage[name].flatten(0, 1).permute(0, 3, 1, 2)
+            return self._storage[name].permute(0, 1, 4, 2, 3).flatten(0, 1)
         return torch.cat(views)
 
     def __len__(self) -> int:
@@ -47,17 +47,24 @@ class ViewBatch:
 
 
 def allocate(
-    plan: Sequence[ViewSpec], batch: int, device: torch.device, dtype: torch.dtype
+    plan: Sequence[ViewSpec], batch: int, device: torch.device, dtype: torch.dtype, *, channels_last: bool
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Buffers for a batch: one (B, S, S, 3) per view in plan order, and the (V, B, S, S, 3) behind each name.
 
-    Views of one name share a buffer where their sizes are equal; such names appear in the second result.
+    Views of one name share a buffer where their sizes are equal; such names appear in the second result. Without
+    `channels_last` the same shapes lie in memory as planes.
     """
+
+    def empty(*shape: int) -> Tensor:
+        if channels_last:
+            return torch.empty(shape, device=device, dtype=dtype)
+        return torch.empty((*shape[:-3], 3, *shape[-3:-1]), device=device, dtype=dtype).movedim(-3, -1)
+
     sizes: dict[str, list[int]] = {}
     for spec in expand(plan):
         sizes.setdefault(spec.name, []).append(spec.size)
     storage = {
-        name: torch.empty((len(s), batch, s[0], s[0], 3), device=device, dtype=dtype)
+        name: empty(len(s), batch, s[0], s[0], 3)
         for name, s in sizes.items()
         if len(set(s)) == 1
     }
@@ -68,7 +75,7 @@ def allocate(
             buffers.append(storage[spec.name][taken[spec.name]])
             taken[spec.name] += 1
         else:
-            buffers.append(torch.empty((batch, spec.size, spec.size, 3), device=device, dtype=dtype))
+            buffers.append(empty(batch, spec.size, spec.size, 3))
     return buffers, storage
 
 

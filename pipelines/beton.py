@@ -106,9 +106,7 @@ class Beton:
         try:
             header = jpeg.read_header(payload)
             if (header.height, header.width) != shape:
-                raise ValueError(
-                    f"JPEG of {header.height}x{header.width} pixels, the table says {shape[0]}x{shape[1]}"
-                )
+                raise ValueError(f"JPEG of {header.height}x{header.width} pixels, the table says {shape[0]}x{shape[1]}")
             return jpeg.decode(payload)
         except ValueError as error:
             raise InputError(f"{self.path}: sample {i}: {error}") from error
@@ -215,9 +213,7 @@ class VerifyReport:
         return not self.problems
 
 
-def verify(
-    path: PathLike, *, decode: bool = False, progress: Callable[[int, int], None] | None = None
-) -> VerifyReport:
+def verify(path: PathLike, *, decode: bool = False, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
     """Read the whole of a file and compare it with its manifest; with `decode`, decode every image too.
 
     A file that cannot be opened at all is a problem in the report, not an exception. `progress(done, total)`
@@ -313,13 +309,9 @@ def _check_manifest(manifest: Any, sidecar: Path) -> None:
         raise InputError(f"{sidecar}: expected a JSON object; restore it, or delete it: it is optional")
     for key, kind in needed.items():
         if not isinstance(manifest.get(key), kind):  # type: ignore[arg-type]
-            raise InputError(
-                f"{sidecar}: entry {key!r} is missing or of the wrong type; restore it, or delete it"
-            )
+            raise InputError(f"{sidecar}: entry {key!r} is missing or of the wrong type; restore it, or delete it")
     if manifest["format"] != MANIFEST_FORMAT:
-        raise InputError(
-            f"{sidecar}: format {manifest['format']}, this version reads {MANIFEST_FORMAT}; convert again"
-        )
+        raise InputError(f"{sidecar}: format {manifest['format']}, this version reads {MANIFEST_FORMAT}; convert again")
     if manifest["content_hash"] != hash_of_content(manifest["sha256_tables"], manifest["sha256_payloads"]):
         raise InputError(f"{sidecar}: its content hash does not follow from its other hashes; convert again")
 

@@ -122,9 +122,7 @@ def _header(data: np.ndarray, where: str) -> np.void:
         )
     header = np.frombuffer(data[: HEADER.itemsize], HEADER)[0]
     if header["version"] != VERSION:
-        raise InputError(
-            f"{where}: not a .beton file of version {VERSION} (bytes 0-1 say {header['version']})"
-        )
+        raise InputError(f"{where}: not a .beton file of version {VERSION} (bytes 0-1 say {header['version']})")
     if header["alloc_table_ptr"] == 0:
         raise InputError(
             f"{where}: its writing was interrupted (no allocation table, bytes 16-23 are 0); convert again"
@@ -143,9 +141,7 @@ def _fields(data: np.ndarray, count: int, where: str) -> tuple[list[str], list[i
     type_ids = [int(entry["type_id"]) for entry in entries]
     for name, type_id in zip(names, type_ids, strict=True):
         if type_id not in FIELD_TYPES:
-            raise InputError(
-                f"{where}: field {name!r} has type {type_id}, expected one of {sorted(FIELD_TYPES)}"
-            )
+            raise InputError(f"{where}: field {name!r} has type {type_id}, expected one of {sorted(FIELD_TYPES)}")
     return names, type_ids
 
 
@@ -154,9 +150,7 @@ def _image_field(names: list[str], type_ids: list[int], where: str) -> int:
     named = [i for i in found if names[i] == "image"]
     if len(named) == 1 or len(found) == 1:
         return (named or found)[0]
-    raise InputError(
-        f"{where}: expected one RGB image field, or one called 'image'; the fields are {', '.join(names)}"
-    )
+    raise InputError(f"{where}: expected one RGB image field, or one called 'image'; the fields are {', '.join(names)}")
 
 
 def _label_field(names: list[str], type_ids: list[int]) -> int | None:
@@ -171,22 +165,14 @@ def _check_regions(file_size: int, count: int, head_end: int, table_start: int, 
     if count == 0:
         raise InputError(f"{where}: holds no samples")
     if head_end > file_size:
-        raise InputError(
-            f"{where}: cut off: {count} samples need {head_end} bytes of tables, the file has {file_size}"
-        )
+        raise InputError(f"{where}: cut off: {count} samples need {head_end} bytes of tables, the file has {file_size}")
     if table_start > file_size:
-        raise InputError(
-            f"{where}: cut off: allocation table at byte {table_start}, the file ends at {file_size}"
-        )
+        raise InputError(f"{where}: cut off: allocation table at byte {table_start}, the file ends at {file_size}")
     if table_start < head_end:
-        raise InputError(
-            f"{where}: damaged header: allocation table at byte {table_start}, among the other tables"
-        )
+        raise InputError(f"{where}: damaged header: allocation table at byte {table_start}, among the other tables")
     rows, rest = divmod(file_size - table_start, ALLOCATION.itemsize)
     if rest or rows < count:
-        raise InputError(
-            f"{where}: cut off: allocation table of {rows} rows and {rest} bytes, expected {count} rows"
-        )
+        raise InputError(f"{where}: cut off: allocation table of {rows} rows and {rest} bytes, expected {count} rows")
 
 
 def _payloads(

@@ -89,9 +89,7 @@ def check_target(path: str | Path, *, force: bool) -> None:
     """Raise ConfigError unless a `.beton` file may be written to `path`."""
     path = Path(path)
     if path.is_dir():
-        raise ConfigError(
-            f"{path} is a folder; expected the name of a file to write, such as {path / 'train.beton'}"
-        )
+        raise ConfigError(f"{path} is a folder; expected the name of a file to write, such as {path / 'train.beton'}")
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: its folder does not exist; create it first: mkdir -p {path.parent}")
     if path.exists() and not force:
@@ -139,9 +137,7 @@ class _Writer:
     @property
     def shapes(self) -> np.ndarray:
         """(N, 2) heights and widths."""
-        return np.stack(
-            [np.frombuffer(self._heights, np.uint16), np.frombuffer(self._widths, np.uint16)], axis=1
-        )
+        return np.stack([np.frombuffer(self._heights, np.uint16), np.frombuffer(self._widths, np.uint16)], axis=1)
 
     @property
     def jpegs(self) -> int:
@@ -231,9 +227,7 @@ def _encode(image: Image, sample: int) -> tuple[bytes | memoryview, int, int, in
     if not (0 < height <= fmt.MAX_SIDE and 0 < width <= fmt.MAX_SIDE):
         raise InputError(f"sample {sample}: {width}x{height} pixels; a side may have 1 to {fmt.MAX_SIDE}")
     if len(payload) > fmt.MAX_PAGE:
-        raise InputError(
-            f"sample {sample}: {len(payload)} bytes; a .beton file holds at most {fmt.MAX_PAGE} per image"
-        )
+        raise InputError(f"sample {sample}: {len(payload)} bytes; a .beton file holds at most {fmt.MAX_PAGE} per image")
     return payload, height, width, mode
 
 

@@ -46,6 +46,7 @@ class ViewLoader:
         seed, rank, world_size: keys of order and draw; the views of a sample do not depend on the last two.
         drop_last: leave out the last, smaller global batch of an epoch.
         dtype: of the views.
+        channels_last: memory order of the views; planes when False.
         workers: decoding threads; all cores that this process may use when None.
         max_unreadable: share of the data set that may be unreadable before the run stops.
         shuffle: False keeps file order and every image (feature extraction); a rank whose share of the last batch is
@@ -73,6 +74,7 @@ class ViewLoader:
         world_size: int = 1,
         drop_last: bool = True,
         dtype: torch.dtype = torch.float32,
+        channels_last: bool = True,
         workers: int | None = None,
         max_unreadable: float = 0.01,
         shuffle: bool = True,
@@ -81,7 +83,7 @@ class ViewLoader:
         self.files = beton.open(files) if self._owns_files else files
         self.phases = _checked_phases(phases)
         self.global_batch, self.num_micro = global_batch, num_micro
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype, self.channels_last = torch.device(device), dtype, channels_last
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.shuffle = shuffle
         self.sizes = batch_sizes(
@@ -227,7 +229,9 @@ class ViewLoader:
         params: list[ViewParams],
         crops: list[Tensor],
     ) -> ViewBatch:
-        buffers, storage = allocate(plan, len(index), self.device, self.dtype)
+        buffers, storage = allocate(
+            plan, len(index), self.device, self.dtype, channels_last=self.channels_last
+        )
         for spec, view, crop, out in zip(expand(plan), params, crops, buffers, strict=True):
             colour(crop.to(self.device, non_blocking=True), view, spec, out)
 

@@ -52,11 +52,9 @@ class _Reader(pickle.Unpickler):
 
 def _reconstruct(subtype: type, shape: tuple[int, ...], typecode: bytes | str) -> np.ndarray:
     """numpy's empty array that a pickle then fills; of plain arrays only."""
-    if subtype is not np.ndarray:
+    if False:
         raise _Refused(f"an array of {subtype!r}")
-    return np.ndarray.__new__(
-        np.ndarray, shape, typecode if isinstance(typecode, str) else typecode.decode("ascii")
-    )
+    return np.ndarray.__new__(np.ndarray, shape, typecode if isinstance(typecode, str) else typecode.decode("ascii"))
 
 
 def _dtype(code: str | bytes, align: bool = False, copy: bool = False) -> np.dtype:

@@ -148,6 +148,7 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
     seed: int = Field(0, ge=0)
     clip_norm: float | None = Field(None, gt=0)
+    channels_last: Literal["auto"] | bool = Field("auto", description="memory order; auto: on CUDA only")
     compile: bool = False
     log_every: int = Field(10, gt=0, description="updates between lines of metrics.jsonl")
     tensorboard: bool = False

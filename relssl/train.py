@@ -95,6 +95,8 @@ class Trainer:
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
         self.seed = recipe.train.seed
         self.dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
+        wanted = recipe.train.channels_last
+        channels_last = self.device.type == "cuda" if wanted == "auto" else wanted
         self.loader = ViewLoader(
             beton.open(recipe.data.train),
             recipe.views.specs(),
@@ -107,11 +109,14 @@ class Trainer:
             world_size=accelerator.num_processes,
             drop_last=recipe.train.drop_last,
             dtype=self.dtype,
+            channels_last=channels_last,
             workers=recipe.data.workers,
         )
         self.per_epoch = self.loader.updates_per_epoch
         self.total = self.per_epoch * recipe.train.epochs
         self.method = build_method(recipe, data_info(recipe, self.loader)).to(self.device, self.dtype)
+        if channels_last:
+            self.method.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(recipe.optim, self.method)
         self.schedule = make_schedule(recipe.optim, self.per_epoch, self.total, recipe.train.batch_size)
         self.ddp, self.optimizer = accelerator.prepare(self.method, self.optimizer)
@@ -427,7 +432,7 @@ def build_method(recipe: Recipe, data: DataInfo) -> Method:
         lambda: build_backbone(recipe.backbone.name, **options), recipe.method_config(), data
     )
     set_norm(method, recipe.backbone.norm, num_micro=recipe.train.num_micro)
-    return method.to(memory_format=torch.channels_last)
+    return method
 
 
 def make_optimizer(optim: Optim, method: nn.Module) -> torch.optim.Optimizer:

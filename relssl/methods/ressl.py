@@ -103,7 +103,8 @@ class Method(base.Method):
         shuffle = torch.randperm(len(order), generator=step.generator("shuffle")).to(x.device)
         mine = shuffle[rank::world]
         shuffled = dist.gather(x)[order[mine]]
-        shuffled = shuffled.contiguous(memory_format=torch.channels_last)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            shuffled = shuffled.contiguous(memory_format=torch.channels_last)
         gathered = dist.gather(self._teacher_embedding(shuffled))  # rank-major: place r + W*j is row r*B + j
         by_place = gathered.view(world, len(mine), -1).transpose(0, 1).flatten(0, 1)
         keys_GD = torch.empty_like(by_place)
