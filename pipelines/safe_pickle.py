@@ -52,7 +52,7 @@ class _Reader(pickle.Unpickler):
 
 def _reconstruct(subtype: type, shape: tuple[int, ...], typecode: bytes | str) -> np.ndarray:
     """numpy's empty array that a pickle then fills; of plain arrays only."""
-    if False:
+    if subtype is not np.ndarray:
         raise _Refused(f"an array of {subtype!r}")
     return np.ndarray.__new__(np.ndarray, shape, typecode if isinstance(typecode, str) else typecode.decode("ascii"))
 

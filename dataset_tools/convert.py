@@ -1,0 +1,369 @@
+"""From any source of images to a `.beton` file.
+
+`convert` is the door for Python: it takes any iterable. `convert_source` is `relssl convert`: it finds out
+what a path holds, and calls `convert`. Images are read, checked and encoded by a pool of threads (the
+decoders release the GIL), in order, with a bounded number of images in flight: the file does not depend on
+the number of workers, and the memory does not depend on the number of images.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataset_tools.images import QUALITY, Encoding, ImageRefused, prepare
+from dataset_tools.sources import Sample, Source, cifar, digits, folder
+from dataset_tools.stats import ChannelStats, moments
+from pipelines import beton
+from pipelines.beton_write import check_target
+from pipelines.errors import ConfigError, InputError
+
+FORMATS = ("auto", "folder", "list", "cifar10", "cifar100", "digits")
+_LISTED = 10_000  # so many skipped inputs are listed in the manifest; all are counted
+_SMALL = 128  # pixels: arrays up to this side are stored raw unless asked otherwise
+_IN_FLIGHT = 4  # images per worker
+
+Progress = Callable[[int, int | None, int], None]
+_Ready = tuple[bytes | np.ndarray, tuple[str, ...], np.ndarray | None]  # payload, notes, channel moments
+
+
+@dataclass
+class Conversion:
+    """What a conversion did. `skipped` maps a reason to the keys of the inputs, `notes` what was done to a
+    count."""
+
+    path: Path
+    source: str
+    images: int = 0
+    labelled: int = 0
+    classes: list[str] | None = None
+    mode: str = ""
+    bytes: int = 0
+    seconds: float = 0.0
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
+    remarks: list[str] = field(default_factory=list)
+    manifest: beton.Manifest = field(default_factory=dict)
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / max(self.seconds, 1e-9)
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(map(len, self.skipped.values()))
+
+    def lines(self) -> list[str]:
+        """The summary for a terminal."""
+        labels = f"{len(self.classes)} classes" if self.classes else f"{self.labelled} labelled"
+        labels = labels if self.labelled else "no labels"
+        rate = f"{self.seconds:.1f} s ({self.images_per_second:,.0f} images/s)"
+        what = f"{self.images:,} images, {labels}, {self.mode}, {self.bytes / 1e6:,.1f} MB"
+        lines = [f"{self.path}: {what}, in {rate}"]
+        lines += [f"  {count:,} x {note}" for note, count in self.notes.most_common()]
+        lines += [f"  {remark}" for remark in self.remarks]
+        if self.skipped:
+            lines.append(f"skipped {self.num_skipped:,} of {self.images + self.num_skipped:,} inputs:")
+            lines += [f"  {len(keys):,} x {reason}: {_some(keys)}" for reason, keys in self.skipped.items()]
+            lines.append(f"  all are listed in {beton.manifest_path(self.path)}")
+        return [*lines, f"next: relssl verify {self.path}"]
+
+    def text(self) -> str:
+        return "\n".join(self.lines())
+
+
+def convert(
+    samples: Iterable[Sample],
+    out: str | Path,
+    *,
+    classes: list[str] | None = None,
+    mode: str | None = None,
+    quality: int = QUALITY,
+    resolution: int | None = None,
+    window: tuple[float, float] | None = None,
+    workers: int | None = None,
+    strict: bool = False,
+    force: bool = False,
+    count: int | None = None,
+    source: str = "Python",
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write (key, image, label) samples to the `.beton` file `out` and its manifest, in their order.
+
+    The key is what messages call the sample. An image is what `dataset_tools.images.prepare` takes: the bytes
+    of an image file, an array (H, W) or (H, W, 3) uint8, a Pillow image, or the Path of a file; a label is an
+    int or None. From numpy arrays, a Hugging Face dataset, and WebDataset:
+
+        convert(((str(i), x, int(y)) for i, (x, y) in enumerate(zip(images, labels))), "train.beton")
+        convert(((str(i), row["image"], row["label"]) for i, row in enumerate(dataset)), "train.beton")
+        convert(((s["__key__"], s["jpg"], int(s["cls"])) for s in web_dataset), "train.beton")
+
+    `mode`, `quality`, `resolution` and `window` are those of `dataset_tools.images.Encoding`. With `mode`
+    None the first image decides: arrays of up to 128 x 128 pixels are stored raw, because JPEG would cost
+    such small images visible quality and saves little, and because raw needs no decoding; otherwise "jpg". An
+    image that cannot be used is skipped, counted, and listed in the manifest with the reason; with `strict`
+    it is an error. `progress` is called as progress(done, total or None, bytes so far). `workers`: threads;
+    default one per available core.
+
+    Raises InputError, ConfigError and RunError as `pipelines.beton.write` does; nothing is left behind then.
+    """
+    started = time.monotonic()
+    check_target(out, force=force)
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers {workers}: expected at least 1")
+    count = len(samples) if count is None and isinstance(samples, Sized) else count
+    stream = iter(samples)
+    first = next(stream, None)
+    if first is None:
+        raise InputError(f"{source}: there are no samples to convert")
+    encoding = Encoding(mode or _mode_for(first), quality, resolution, window)
+    done = Conversion(Path(out), source, classes=classes)
+    run = _Run(encoding, strict, done, count, progress)
+    with ThreadPoolExecutor(workers or available_cores(), thread_name_prefix="convert") as pool:
+        try:
+            done.manifest = beton.write(
+                out,
+                run.stored(itertools.chain([first], stream), pool, (workers or available_cores()) * _IN_FLIGHT),
+                count=count,
+                classes=classes,
+                about=run.about,
+                force=force,
+            )
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    done.mode, done.bytes, done.labelled = (done.manifest[key] for key in ("mode", "bytes", "labelled"))
+    done.seconds = time.monotonic() - started
+    return done
+
+
+def convert_source(
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: str = "auto",
+    split: str = "train",
+    root: str | Path | None = None,
+    download: bool = False,
+    url: str | None = None,
+    checksum: bool = True,
+    labels: bool = True,
+    render: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    quality: int = QUALITY,
+    resolution: int | None = None,
+    window: tuple[float, float] | None = None,
+    workers: int | None = None,
+    strict: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """`relssl convert`: find out what `source` is, and write it to `out`.
+
+    `source` is a folder of images, a text file that lists images, the folder or the archive of CIFAR-10 or
+    CIFAR-100 as published, or one of the names "cifar10", "cifar100" (looked for below `root`, default
+    "data") and "digits". `format` says which (one of `FORMATS`) where the path does not. `split` ("train" or
+    "test") is for CIFAR and the digits, `root` for CIFAR and lists, `download`, `url` and `checksum` for
+    CIFAR, `render` for the digits: keywords of `digits.render_digits`. `labels` False takes a folder's images
+    without labels, however deep they lie. CIFAR and digits are stored raw unless `mode` says otherwise. The
+    rest is as in `convert`.
+    """
+    check_target(out, force=force)
+    found = open_source(
+        source,
+        format=format,
+        split=split,
+        root=root,
+        download=download,
+        url=url,
+        checksum=checksum,
+        labels=labels,
+        render=render,
+    )
+    done = convert(
+        found.samples,
+        out,
+        classes=found.classes,
+        mode=mode or found.mode,
+        quality=quality,
+        resolution=resolution,
+        window=window,
+        workers=workers,
+        strict=strict,
+        force=force,
+        count=found.count,
+        source=found.name,
+        progress=progress,
+    )
+    done.remarks = found.remarks
+    return done
+
+
+def open_source(
+    source: str | Path,
+    *,
+    format: str = "auto",
+    split: str = "train",
+    root: str | Path | None = None,
+    download: bool = False,
+    url: str | None = None,
+    checksum: bool = True,
+    labels: bool = True,
+    render: Mapping[str, Any] | None = None,
+) -> Source:
+    """The `Source` that `convert_source` would convert. Raises InputError when there is none, ConfigError for
+    options that do not fit it."""
+    if format not in FORMATS:
+        raise ConfigError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
+    kind = detect(source) if format == "auto" else format
+    if download and kind not in cifar.SPECS:
+        raise ConfigError(f"--download: only {', '.join(cifar.SPECS)} can be downloaded, this source is: {kind}")
+    if kind == "digits":
+        return _digits(split, dict(render or {}))
+    if kind in cifar.SPECS:
+        place = Path(root or "data") if str(source) == kind else Path(source)
+        return cifar.read(kind, split, place, download=download, url=url, checksum=checksum)
+    if kind == "list":
+        return folder.read_list(Path(source), root=None if root is None else Path(root))
+    return folder.read_folder(Path(source), labels=labels)
+
+
+def detect(source: str | Path) -> str:
+    """Which of `FORMATS` a source has. A file or folder goes before a data set of the same name."""
+    path = Path(source)
+    if path.is_dir():
+        return cifar.detect(path) or "folder"
+    if path.is_file():
+        return cifar.detect(path) or (
+            "list" if path.suffix.lower() in (".txt", ".csv", ".tsv", ".lst") else _unknown(path)
+        )
+    if str(source) in FORMATS[1:] and str(source) not in ("folder", "list"):
+        return str(source)
+    raise InputError(
+        f"{source}: there is no such file or folder; expected a folder of images, a list, or one of:"
+        f" {', '.join([*cifar.SPECS, 'digits'])}"
+    )
+
+
+def available_cores() -> int:
+    """Cores this process may use: its affinity, where the system has such a thing."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _unknown(path: Path) -> str:
+    raise InputError(
+        f"{path}: expected a folder, a list of images (.txt, .csv, .tsv) or a CIFAR archive (.tar.gz);"
+        " say what it is with --format"
+    )
+
+
+def _digits(split: str, render: dict[str, Any]) -> Source:
+    render.setdefault("renderings", 6)
+    try:
+        images, labels = digits.render_digits(split, **render)
+    except TypeError as error:
+        raise ConfigError(f"digits: {error}") from error
+    samples = [(f"{split} {i}", image, int(label)) for i, (image, label) in enumerate(zip(images, labels, strict=True))]
+    return Source(f"scikit-learn digits, {split}, {render}", samples, len(samples), digits.CLASSES, mode="raw")
+
+
+def _mode_for(sample: Sample) -> str:
+    image = _parts(sample)[1]
+    return "raw" if isinstance(image, np.ndarray) and max(image.shape[:2]) <= _SMALL else "jpg"
+
+
+def _parts(sample: Sample) -> Sample:
+    if not isinstance(sample, tuple) or len(sample) != 3:
+        raise InputError(f"expected samples of (key, image, label), got {type(sample).__name__} {str(sample)[:60]!r}")
+    return sample
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
+@dataclass
+class _Run:
+    """The state of one conversion: what is in flight, and what has been counted."""
+
+    encoding: Encoding
+    strict: bool
+    done: Conversion
+    total: int | None
+    progress: Progress | None
+    stats: ChannelStats = field(default_factory=ChannelStats)
+    details: list[list[str]] = field(default_factory=list)
+    taken: int = 0
+    size: int = 0
+
+    def stored(
+        self, samples: Iterator[Sample], pool: ThreadPoolExecutor, in_flight: int
+    ) -> Iterator[tuple[bytes | np.ndarray, int | None]]:
+        """What is to be written, in order."""
+        queue: deque[tuple[str, int | None, Future[_Ready]]] = deque()
+        for index, (key, image, label) in enumerate(map(_parts, samples)):
+            queue.append((key, label, pool.submit(self._prepare, index, image)))
+            if len(queue) >= in_flight:
+                yield from self._take(*queue.popleft())
+        while queue:
+            yield from self._take(*queue.popleft())
+        if self.done.images == 0:
+            reasons = "; ".join(f"{len(keys)} x {reason}: {_some(keys)}" for reason, keys in self.done.skipped.items())
+            raise InputError(f"{self.done.source}: none of the {self.taken} inputs can be used: {reasons}")
+
+    def _prepare(self, index: int, image: Any) -> _Ready:
+        """Runs in a worker. The pixels are let go here: only what is written waits for its turn."""
+        stored = prepare(image, self.encoding)
+        return stored.payload, stored.notes, moments(stored.pixels) if self.stats.wants(index) else None
+
+    def _take(
+        self, key: str, label: int | None, future: Future[_Ready]
+    ) -> Iterator[tuple[bytes | np.ndarray, int | None]]:
+        """Wait for one image, count it, and pass it on unless it was refused."""
+        index = self.taken
+        self.taken += 1
+        try:
+            payload, notes, image_moments = future.result()
+        except ImageRefused as refused:
+            self._skip(key, refused)
+        else:
+            if image_moments is not None:
+                self.stats.add(index, image_moments)
+            self.done.notes.update(notes)
+            self.done.images += 1
+            self.size += len(payload) if isinstance(payload, bytes) else payload.nbytes
+            yield payload, label
+        if self.progress is not None:
+            self.progress(self.taken, self.total, self.size)
+
+    def _skip(self, key: str, refused: ImageRefused) -> None:
+        if self.strict:
+            raise InputError(f"{self.done.source}: {key}: {refused} (skipped without --strict)") from refused
+        self.done.skipped.setdefault(refused.reason, []).append(key)
+        if len(self.details) < _LISTED:
+            self.details.append([key, str(refused)])
+
+    def about(self) -> dict[str, Any]:
+        """The part of the manifest that conversion knows."""
+        encoding = self.encoding
+        return {
+            "source": self.done.source,
+            "resolution": encoding.resolution,
+            "quality": encoding.quality if self.done.notes["encoded as JPEG"] else None,
+            "window": encoding.window,
+            "channels": self.stats.summary(),
+            "notes": dict(sorted(self.done.notes.items())),
+            "skipped": {
+                "count": self.done.num_skipped,
+                "reasons": {reason: len(keys) for reason, keys in sorted(self.done.skipped.items())},
+                "inputs": self.details,
+            },
+        }

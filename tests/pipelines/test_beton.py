@@ -1,0 +1,554 @@
+"""The `.beton` container: what goes in comes out, and nothing damaged is read as if it were sound."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipelines import beton, beton_write
+from pipelines import beton_format as fmt
+from pipelines.errors import ConfigError, InputError, RelsslError, RunError
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def jpeg_of(pixels: np.ndarray, **options: object) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", **options)
+    return stream.getvalue()
+
+
+def decoded(image: np.ndarray | bytes) -> np.ndarray:
+    return image if isinstance(image, np.ndarray) else np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+
+
+SAMPLES: list[tuple[np.ndarray | bytes, int | None]] = [
+    (picture(5, 7), 3),
+    (jpeg_of(picture(9, 4)), None),
+    (jpeg_of(picture(12, 20), progressive=True), 0),
+    (picture(1, 1), 2),
+]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A sound file of `SAMPLES`, with its manifest."""
+    beton.write(tmp_path / "a.beton", SAMPLES, classes=["a", "b", "c", "d"])
+    return tmp_path / "a.beton"
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+# -- round trip
+
+images = st.one_of(
+    st.builds(picture, st.integers(1, 40), st.integers(1, 40), st.integers(0, 99)),
+    st.builds(picture, st.integers(1, 40), st.integers(1, 40), st.integers(0, 99)).map(jpeg_of),
+)
+labels = st.one_of(st.none(), st.integers(0, 2**63 - 1))
+
+
+@given(st.lists(st.tuples(images, labels), min_size=1, max_size=12), st.booleans())
+def test_what_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory,
+    samples: list[tuple[np.ndarray | bytes, int | None]],
+    known: bool,
+) -> None:
+    path = tmp_path_factory.mktemp("round") / "a.beton"
+    manifest = beton.write(path, samples if known else iter(samples))
+    with beton.open(path) as read:
+        assert len(read) == len(samples) == manifest["samples"]
+        for i, (image, label) in enumerate(samples):
+            pixels = decoded(image)
+            assert np.array_equal(read.decode(i), pixels)
+            assert read.labels[i] == (-1 if label is None else label)
+            assert (read.heights[i], read.widths[i]) == pixels.shape[:2]
+            assert read.is_jpeg[i] == isinstance(image, bytes)
+            assert isinstance(image, np.ndarray) or read.payload(i).tobytes() == image
+    assert beton.verify(path, decode=True).ok
+
+
+def test_dtypes_are_those_the_engines_rely_on(path: Path) -> None:
+    with beton.open(path) as read:
+        kinds = [array.dtype for array in (read.labels, read.heights, read.widths, read.is_jpeg)]
+        assert kinds == [np.int64, np.int32, np.int32, np.bool_]
+        assert read.payload(0).dtype == np.uint8
+        assert not read.payload(0).flags.writeable
+        assert read.classes == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("side", [1, 30])
+def test_an_iterator_longer_than_the_room_left_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int
+) -> None:
+    monkeypatch.setattr(beton_write, "_FIRST_ROOM", 2)
+    samples = [(picture(side, 1 + i % 3, i), i) for i in range(300)]
+    beton.write(tmp_path / "a.beton", iter(samples))
+    beton.write(tmp_path / "b.beton", samples)
+    with beton.open(tmp_path / "a.beton") as a, beton.open(tmp_path / "b.beton") as b:
+        assert np.array_equal(a.labels, np.arange(300))
+        for i, (image, _) in enumerate(samples):
+            assert np.array_equal(a.decode(i), image)
+            assert np.array_equal(b.decode(i), image)
+        hashes = [file.manifest["sha256_payloads"] for file in (a, b) if file.manifest]
+    assert hashes[0] == hashes[1]  # over the images in sample order, wherever they lie
+
+
+def test_no_payload_crosses_a_page(tmp_path: Path) -> None:
+    sizes = [900, 1500, 1800, 3000, 10, 1700]  # 2.4, 6.8, 9.7 and 27 MB: pages of 8, 16 and 32 MiB
+    beton.write(tmp_path / "a.beton", ((np.zeros((side, side, 3), np.uint8), 0) for side in sizes))
+    page = int(np.fromfile(tmp_path / "a.beton", fmt.HEADER, 1)["page_size"][0])
+    assert page == 1 << 25
+    with beton.Beton(tmp_path / "a.beton") as read:
+        assert np.array_equal(read.offsets // page, (read.offsets + read.sizes - 1) // page)
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        beton.write(tmp_path / name / "a.beton", SAMPLES)
+    for name in ("a.beton", "a.beton.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_many_threads_read_the_same_pixels(tmp_path: Path) -> None:
+    samples = [(jpeg_of(picture(16, 16, i)), i) for i in range(50)]
+    beton.write(tmp_path / "a.beton", samples)
+    with beton.open(tmp_path / "a.beton") as read, ThreadPoolExecutor(8) as pool:
+        for i, pixels in zip([*range(50)] * 4, pool.map(read.decode, [*range(50)] * 4), strict=True):
+            assert np.array_equal(pixels, decoded(samples[i][0]))
+
+
+# -- several files as one
+
+
+def test_several_files_are_one_data_set(tmp_path: Path, path: Path) -> None:
+    beton.write(tmp_path / "b.beton", [(picture(3, 3, 1), None), (picture(2, 2, 2), None)])
+    with beton.open([path, tmp_path / "b.beton"]) as both:
+        assert len(both) == 6
+        assert both.paths == [path, tmp_path / "b.beton"]
+        assert both.labels.tolist() == [3, -1, 0, 2, -1, -1]
+        assert np.array_equal(both.decode(5), picture(2, 2, 2))
+        assert np.array_equal(both.decode(3), SAMPLES[3][0])
+        assert both.classes == ["a", "b", "c", "d"]
+        assert both.content_hash not in (None, both.files[0].content_hash, both.files[1].content_hash)
+        for outside in (6, -1):
+            with pytest.raises(IndexError):
+                both.payload(outside)
+
+
+def test_files_whose_classes_differ_are_not_joined(tmp_path: Path, path: Path) -> None:
+    beton.write(tmp_path / "b.beton", [(picture(3, 3), 0)], classes=["b", "a"])
+    with pytest.raises(InputError, match="their classes differ"):
+        beton.open([path, tmp_path / "b.beton"])
+    with pytest.raises(InputError, match="at least one"):
+        beton.open([])
+
+
+# -- damage
+
+
+def edit(path: Path, position: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        file.write(content)
+
+
+def table_start(path: Path) -> int:
+    return int(np.fromfile(path, fmt.HEADER, 1)["alloc_table_ptr"][0])
+
+
+ROWS = fmt.HEADER.itemsize + 2 * fmt.DESCRIPTOR.itemsize  # where the metadata rows begin
+u8 = (2**40).to_bytes(8, "little")
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda p: os.truncate(p, 0), "an empty file"),
+    "ten bytes": (lambda p: os.truncate(p, 10), "10 bytes long"),
+    "only the header": (lambda p: os.truncate(p, 24), "cut off: 2 fields need"),
+    "half": (lambda p: os.truncate(p, p.stat().st_size // 2), "cut off"),
+    "tail of the table": (
+        lambda p: os.truncate(p, p.stat().st_size - 7),
+        "cut off: allocation table of 3 rows",
+    ),
+    "a row of the table": (
+        lambda p: os.truncate(p, p.stat().st_size - 24),
+        "allocation table of 3 rows and 0 bytes",
+    ),
+    "something behind": (lambda p: p.open("ab").write(b"x") and None, "4 rows and 1 bytes"),
+    "another version": (lambda p: edit(p, 0, b"\x03\0"), "not a .beton file of version 2"),
+    "a JPEG": (lambda p: p.write_bytes(jpeg_of(picture(9, 9))), "not a .beton file"),
+    "interrupted": (lambda p: edit(p, 16, bytes(8)), "its writing was interrupted"),
+    "table beyond the file": (lambda p: edit(p, 16, u8), "allocation table at byte 1099511627776"),
+    "table among the others": (lambda p: edit(p, 16, b"\1" + bytes(7)), "among the other tables"),
+    "no samples": (lambda p: edit(p, 8, bytes(8)), "holds no samples"),
+    "more samples": (lambda p: edit(p, 8, b"\xff\xff"), "65535 samples need"),
+    "no fields": (lambda p: edit(p, 2, bytes(2)), "0 fields"),
+    "unknown field": (lambda p: edit(p, fmt.HEADER.itemsize, b"\xff"), "field 'image' has type 255"),
+    "no image field": (lambda p: edit(p, fmt.HEADER.itemsize, b"\x01"), "expected one RGB image field"),
+    "mode": (lambda p: edit(p, ROWS, b"\x07"), "sample 0: unknown image mode"),
+    "width 0": (lambda p: edit(p, ROWS + 1, bytes(2)), "sample 0: image without pixels"),
+    "raw size": (lambda p: edit(p, ROWS + 1, b"\x09"), "sample 0: raw image whose bytes are not"),
+    "pointer": (lambda p: edit(p, ROWS + 5, u8), "sample 0: image at byte 1099511627776"),
+    "pointer in the table": (
+        lambda p: edit(p, table_start(p) + 24 + 8, u8),
+        "allocation row 1: .* outside the payload",
+    ),
+    "size in the table": (
+        lambda p: edit(p, table_start(p) + 16, u8),
+        "allocation row 0: .* outside the payload",
+    ),
+    "overlap": (lambda p: edit(p, table_start(p) + 16, b"\xff"), "two payloads overlap"),
+    "owner in the table": (
+        lambda p: edit(p, table_start(p), b"\1"),
+        "sample 0: .* allocation table does not list",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_file_is_refused_with_the_place(path: Path, kind: str) -> None:
+    damage, message = DAMAGE[kind]
+    beton.manifest_path(path).unlink()  # whose hash would notice first
+    damage(path)
+    with pytest.raises(InputError, match=message) as refused:
+        beton.open(path)
+    assert str(path) in str(refused.value)
+    report = beton.verify(path)
+    assert not report.ok
+    assert report.problems == [str(refused.value)]
+
+
+def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist; make it: relssl convert"):
+        beton.open(tmp_path / "absent.beton")
+    with pytest.raises(InputError, match="is a folder"):
+        beton.open(tmp_path)
+
+
+def test_the_allocation_table_may_be_in_any_order(path: Path) -> None:
+    beton.manifest_path(path).unlink()
+    start = table_start(path)
+    rows = np.fromfile(path, fmt.ALLOCATION, offset=start)
+    edit(path, start, rows[[2, 0, 3, 1]].tobytes())
+    with beton.open(path) as read:
+        for i, (image, _) in enumerate(SAMPLES):
+            assert np.array_equal(read.decode(i), decoded(image))
+
+
+def facts(read: beton.BetonSet) -> list[list[int]]:
+    return [array.tolist() for array in (read.labels, read.heights, read.widths, read.is_jpeg, read.sizes)]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sound")
+    beton.write(folder / "a.beton", SAMPLES)
+    return folder / "a.beton"
+
+
+@given(st.data())
+def test_a_flipped_byte_is_noticed_where_the_manifest_covers_it(sound: Path, data: st.DataObject) -> None:
+    content = bytearray(sound.read_bytes())
+    position = data.draw(st.integers(0, len(content) - 1))
+    content[position] ^= data.draw(st.integers(1, 255))
+    path = sound.with_name("flipped.beton")
+    path.write_bytes(content)
+    beton.manifest_path(path).write_bytes(beton.manifest_path(sound).read_bytes())
+    with beton.open(sound) as original:
+        first = int(original.files[0].offsets.min())
+        in_payload = first <= position < table_start(sound)
+    # Every byte is either in the tables, which opening compares, or in a payload, which verify compares.
+    if in_payload:
+        report = beton.verify(path)
+        assert not report.ok
+        assert "sha256 differs" in report.problems[0]
+        with beton.open(path) as read, beton.open(sound) as original:
+            assert facts(read) == facts(original)
+    else:
+        with pytest.raises(InputError):
+            beton.open(path)
+
+
+@given(st.data())
+def test_without_a_manifest_damage_is_an_input_error_or_harmless(sound: Path, data: st.DataObject) -> None:
+    content = bytearray(sound.read_bytes())
+    content = content[: data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))]
+    for _ in range(data.draw(st.integers(0, 3))):
+        if content:
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = sound.with_name("damaged.beton")
+    path.write_bytes(content)
+    try:
+        with beton.open(path) as read:
+            for i in range(len(read)):
+                assert read.decode(i).shape == (read.heights[i], read.widths[i], 3)
+    except InputError:
+        pass
+    beton.verify(path, decode=True)
+
+
+@given(st.data())
+def test_a_cut_file_is_never_opened(sound: Path, data: st.DataObject) -> None:
+    content = sound.read_bytes()
+    path = sound.with_name("cut.beton")
+    path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    with pytest.raises(InputError):
+        beton.open(path)
+
+
+def test_a_file_that_shrinks_after_opening_does_not_give_garbage(tmp_path: Path) -> None:
+    path = tmp_path / "a.beton"
+    beton.write(path, [(picture(64, 64, i), i) for i in range(3)])
+    with beton.open(path) as read:
+        os.truncate(path, int(read.files[0].offsets[1]) + 100)
+        assert np.array_equal(read.decode(0), picture(64, 64, 0))
+        with pytest.raises(InputError, match="cut off since it was opened: sample 1"):
+            read.decode(1)
+
+
+def test_reading_after_close_is_refused(path: Path) -> None:
+    read = beton.open(path)
+    kept = read.payload(0)
+    read.close()
+    assert kept.tobytes() == np.asarray(SAMPLES[0][0]).tobytes()
+    with pytest.raises(InputError, match="after the file was closed"):
+        read.payload(0)
+
+
+def test_a_jpeg_that_claims_another_size_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    stream = bytearray(jpeg_of(picture(8, 8)))
+    beton.write(tmp_path / "a.beton", [(bytes(stream), 0)])
+    beton.manifest_path(tmp_path / "a.beton").unlink()
+    frame = stream.index(b"\xff\xc0")
+    with beton.Beton(tmp_path / "a.beton") as read:
+        start = int(read.offsets[0])
+    edit(tmp_path / "a.beton", start + frame + 5, b"\xff\xff\xff\xff")  # 65535 x 65535: 13 GB of pixels
+    with (
+        beton.open(tmp_path / "a.beton") as read_again,
+        pytest.raises(InputError, match=r"sample 0: .* 65535x65535"),
+    ):
+        read_again.decode(0)
+
+
+# -- manifest
+
+
+def test_the_manifest_describes_the_file(path: Path) -> None:
+    manifest = json.loads(beton.manifest_path(path).read_text())
+    assert manifest["bytes"] == path.stat().st_size
+    assert (manifest["samples"], manifest["labelled"], manifest["mode"]) == (4, 3, "2 jpg, 2 raw")
+    assert manifest["height"] == {"min": 1, "max": 12}
+    payloads = b"".join(i.tobytes() if isinstance(i, np.ndarray) else i for i, _ in SAMPLES)
+    assert manifest["sha256_payloads"] == hashlib.sha256(payloads).hexdigest()
+    with beton.open(path) as read:
+        assert read.content_hash == manifest["content_hash"]
+
+
+def test_a_file_without_manifest_is_read(path: Path) -> None:
+    beton.manifest_path(path).unlink()
+    with beton.open(path) as read:
+        assert (read.manifest, read.classes, read.content_hash) == (None, None, None)
+        assert np.array_equal(read.decode(0), SAMPLES[0][0])
+
+
+def test_the_manifest_of_another_file_is_an_error(path: Path, tmp_path: Path) -> None:
+    beton.write(tmp_path / "b.beton", SAMPLES[:2])
+    os.replace(beton.manifest_path(tmp_path / "b.beton"), beton.manifest_path(path))
+    with pytest.raises(InputError, match=r"not the file that a\.beton\.json describes .*2 samples.*found: 4 samples"):
+        beton.open(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "expected a JSON object"),
+        ({"format": 99}, "format 99, this version reads 1"),
+        ({"sha256_tables": None}, "'sha256_tables' is missing"),
+        ({"sha256_payloads": "0" * 64}, "content hash does not follow"),
+    ],
+)
+def test_a_damaged_manifest_is_an_error(path: Path, change: str | dict[str, object], message: str) -> None:
+    sidecar = beton.manifest_path(path)
+    text = change if isinstance(change, str) else json.dumps({**json.loads(sidecar.read_text()), **change})
+    sidecar.write_text(text)
+    with pytest.raises(InputError, match=message):
+        beton.open(path)
+
+
+def test_verify_compares_every_image(path: Path) -> None:
+    with beton.Beton(path) as read:
+        start = int(read.offsets[0])
+    edit(path, start, bytes([np.asarray(SAMPLES[0][0]).ravel()[0] ^ 1]))
+    report = beton.verify(path)
+    assert report.payloads_hashed
+    assert report.problems == [f"{path}: the images are not those that were written (sha256 differs)"]
+
+
+def test_verify_names_every_image_that_does_not_decode(path: Path) -> None:
+    beton.manifest_path(path).unlink()
+    with beton.Beton(path) as read:
+        start = int(read.offsets[1])
+    edit(path, start, b"\0\0")
+    report = beton.verify(path, decode=True)
+    assert report.decoded == 3
+    assert len(report.problems) == 1
+    assert "sample 1" in report.problems[0]
+
+
+# -- refusing to write
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ((np.zeros((3, 3), np.uint8), 0), r"sample 1: expected uint8 \(H, W, 3\), got uint8 \(3, 3\)"),
+        ((np.zeros((3, 3, 3), np.float32), 0), "got float32"),
+        ((np.zeros((0, 3, 3), np.uint8), 0), "3x0 pixels"),
+        ((np.zeros((1, 65536, 3), np.uint8), 0), "65536x1 pixels; a side may have"),
+        ((b"GIF89a", 0), "not a JPEG"),
+        ((jpeg_of(picture(8, 8))[:30], 0), "truncated JPEG"),
+        ((picture(2, 2), -2), "label -2: expected 0 or more"),
+        ((picture(2, 2), 1.0), "label 1.0: expected a whole number"),
+        ((picture(2, 2), "cat"), "label 'cat'"),
+        ((picture(2, 2), 2**63), "label 9223372036854775808"),
+        ((picture(2, 2), 7), "label 7, but there are only 2 classes"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused(tmp_path: Path, sample: tuple[bytes, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        beton.write(tmp_path / "a.beton", [(picture(4, 4), 1), sample], classes=["a", "b"])
+    assert leftovers(tmp_path) == []
+
+
+def test_nothing_to_write_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no samples to write"):
+        beton.write(tmp_path / "a.beton", iter([]))
+    assert leftovers(tmp_path) == []
+
+
+def test_an_existing_file_needs_force(path: Path) -> None:
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"exists already.*--force"):
+        beton.write(path, SAMPLES[:1])
+    assert path.read_bytes() == before
+    beton.write(path, SAMPLES[:1], force=True)
+    with beton.open(path) as read:
+        assert len(read) == 1
+
+
+def test_the_place_to_write_to_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="its folder does not exist"):
+        beton.write(tmp_path / "absent" / "a.beton", SAMPLES)
+    with pytest.raises(ConfigError, match="is a folder"):
+        beton.write(tmp_path, SAMPLES)
+
+
+# -- interrupted writing
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, InputError("x"), ZeroDivisionError])
+def test_an_error_while_writing_leaves_the_old_file(path: Path, error: type[BaseException]) -> None:
+    before = {name: (path.parent / name).read_bytes() for name in leftovers(path.parent)}
+
+    def samples() -> Iterator[tuple[np.ndarray, int]]:
+        yield picture(600, 600), 0
+        raise error
+
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        beton.write(path, samples(), force=True)
+    assert {name: (path.parent / name).read_bytes() for name in leftovers(path.parent)} == before
+
+
+def test_a_full_disk_leaves_the_old_file_and_says_what_is_needed(path: Path) -> None:
+    """The kernel refuses bytes beyond 3 MB, in a process of its own, since the limit cannot be lifted
+    again."""
+    before = {name: (path.parent / name).read_bytes() for name in leftovers(path.parent)}
+    script = f"""
+import resource, numpy as np
+from pipelines import beton
+from pipelines.errors import RunError
+resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, resource.RLIM_INFINITY))
+try:
+    beton.write({str(path)!r}, ((np.zeros((500, 500, 3), np.uint8), 0) for _ in range(40)), count=40, force=True)
+except RunError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert "size limit after" in done.stdout
+    assert "all 40 samples need about 3" in done.stdout
+    assert {name: (path.parent / name).read_bytes() for name in leftovers(path.parent)} == before
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "quota"), (errno.EIO, "writing stopped")],
+)
+def test_a_disk_that_is_full_at_the_very_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str
+) -> None:
+    before = {name: (path.parent / name).read_bytes() for name in leftovers(path.parent)}
+
+    def fsync(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(RunError, match=message):
+        beton.write(path, SAMPLES, force=True)
+    assert {name: (path.parent / name).read_bytes() for name in leftovers(path.parent)} == before
+
+
+def test_two_writers_of_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.beton"
+
+    def samples() -> Iterator[tuple[np.ndarray, int]]:
+        yield picture(4, 4), 0
+        with pytest.raises(RunError, match="another process is writing it"):
+            beton.write(path, SAMPLES)
+        yield picture(5, 5), 1
+
+    beton.write(path, samples())
+    with beton.open(path) as read:
+        assert read.heights.tolist() == [4, 5]
+    assert leftovers(tmp_path) == ["a.beton", "a.beton.json"]
+
+
+def test_what_a_killed_writer_left_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / ".a.beton.partial").write_bytes(b"x" * 100_000)
+    beton.write(tmp_path / "a.beton", SAMPLES)
+    assert leftovers(tmp_path) == ["a.beton", "a.beton.json"]
+    assert beton.verify(tmp_path / "a.beton", decode=True).ok
+
+
+def test_a_killed_writer_leaves_no_file_under_the_name(tmp_path: Path) -> None:
+    script = f"""
+import os, signal, numpy as np
+from pipelines import beton
+def samples():
+    yield np.zeros((900, 900, 3), np.uint8), 0
+    os.kill(os.getpid(), signal.SIGKILL)
+beton.write({str(tmp_path / "a.beton")!r}, samples())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=False)
+    assert done.returncode == -9
+    assert leftovers(tmp_path) == [".a.beton.partial"]
+    with pytest.raises(RelsslError):
+        beton.open(tmp_path / ".a.beton.partial")

@@ -1,0 +1,130 @@
+"""Colour operations against torchvision's float functionals with the same parameters, and against PIL."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as tv
+from PIL import Image
+
+from pipelines.colour import colour
+from pipelines.draw import JITTER_OPS, draw
+from pipelines.views import ViewSpec
+from tests.pipelines.test_crop import smooth_images
+
+STRONG = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.4}
+OPS = {
+    "jitter": ["jitter", 1.0, STRONG],
+    "grey": ["grey", 0.5],
+    "blur": ["blur", 0.7, {"sigma": [0.1, 2.0]}],
+    "solarise": ["solarise", 0.5],
+}
+ADJUST = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+
+
+def drawn(spec, n, size):
+    return draw([spec], seed=2, epoch=1, index=np.arange(n), heights=np.full(n, size), widths=np.full(n, size))[0]
+
+
+def ours(images, spec, params=None):
+    params = params or drawn(spec, len(images), images.shape[1])
+    out = torch.empty(images.shape)
+    colour(torch.from_numpy(images), params, spec, out)
+    return out
+
+
+def torchvision_chain(images, spec):
+    """One image at a time with torchvision's functionals in float; (N, S, S, 3) in [0, 1]."""
+    params = drawn(spec, len(images), images.shape[1])
+    out = []
+    for i, image in enumerate(images):
+        x = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+        for op in params.ops:
+            if not op.apply[i]:
+                continue
+            if op.name == "jitter":
+                for kind in op.values["order"][i]:
+                    x = ADJUST[kind](x, float(op.values["factors"][i, kind]))
+            elif op.name == "grey":
+                x = tv.rgb_to_grayscale(x, num_output_channels=3)
+            elif op.name == "blur":
+                x = tv.gaussian_blur(x, [23, 23], [float(op.values["sigma"][i])] * 2)
+            else:
+                x = tv.solarize(x, 128 / 255)
+        out.append(x.permute(1, 2, 0))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("name", ["jitter", "grey", "blur"])
+def test_each_operation_is_torchvisions(name):
+    spec = ViewSpec("a", 32, ops=[OPS[name]], normalize=None)
+    images = smooth_images(48, 32, 32)
+    assert (ours(images, spec) - torchvision_chain(images, spec)).abs().max() * 255 < 0.01
+
+
+def test_the_whole_chain_is_torchvisions():
+    spec = ViewSpec("a", 32, ops=[OPS["jitter"], OPS["grey"], OPS["blur"]], normalize=None)
+    images = smooth_images(64, 32, 32)
+    assert (ours(images, spec) - torchvision_chain(images, spec)).abs().max() * 255 < 0.01
+
+
+def test_solarise_is_exact_on_eight_bit_images():
+    spec = ViewSpec("a", 32, ops=[OPS["solarise"]], normalize=None)
+    images = smooth_images(32, 32, 32)
+    params = drawn(spec, 32, 32)
+    theirs = images.astype(int)
+    solarised = np.where(theirs >= 128, 255 - theirs, theirs)
+    theirs[params.ops[0].apply] = solarised[params.ops[0].apply]
+    assert params.ops[0].apply.any()
+    assert not params.ops[0].apply.all()
+    assert (np.rint(ours(images, spec).numpy() * 255) == theirs).all()
+
+
+def test_order_of_the_operations_matters_and_is_kept():
+    first = ViewSpec("a", 32, ops=[["grey", 1.0], ["jitter", 1.0, {"hue": 0.4}]], normalize=None)
+    images = smooth_images(4, 32, 32)
+    out = ours(images, first)  # grey first: a hue has nothing left to turn
+    assert (out[..., 0] - out[..., 1]).abs().max() < 1e-6
+
+
+def test_near_pils_chain():
+    """PIL rounds to 8 bits after every step and blurs by boxes: close on average."""
+    spec = ViewSpec("a", 32, ops=[OPS["jitter"]], normalize=None)
+    images = smooth_images(32, 32, 32)
+    params = drawn(spec, 32, 32)
+    op = params.ops[0]
+    theirs = []
+    for i, image in enumerate(images):
+        x = Image.fromarray(image)
+        for kind in op.values["order"][i]:
+            x = ADJUST[kind](x, float(op.values["factors"][i, kind]))
+        theirs.append(np.array(x))
+    assert np.abs(ours(images, spec).numpy() * 255 - np.stack(theirs)).mean() <= 1.5
+
+
+def test_bits_do_not_depend_on_the_batch():
+    spec = ViewSpec("a", 37, ops=list(OPS.values()))
+    images = smooth_images(20, 37, 37)
+    whole = ours(images, spec)
+    for part in (slice(3, 4), slice(5, 12)):
+        index = np.arange(20)[part]
+        n = len(index)
+        params = draw([spec], seed=2, epoch=1, index=index, heights=np.full(n, 37), widths=np.full(n, 37))[0]
+        assert torch.equal(ours(images[part], spec, params), whole[part])
+
+
+def test_normalisation_comes_last():
+    spec = ViewSpec("a", 8, normalize=((0.5, 0.25, 0.0), (0.5, 0.25, 1.0)))
+    images = np.full((1, 8, 8, 3), 255, np.uint8)
+    assert torch.equal(ours(images, spec)[0, 0, 0], torch.tensor([1.0, 3.0, 1.0]))
+
+
+def test_grey_pixels_have_no_hue():
+    spec = ViewSpec("a", 8, ops=[["jitter", 1.0, {"hue": 0.5}]], normalize=None)
+    images = np.repeat(np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1) * 4, 3, axis=3)
+    assert (ours(images, spec) * 255 - torch.from_numpy(images.astype(np.float32))).abs().max() < 1e-4
+
+
+def test_jitter_names_match_the_functions():
+    assert [f.__name__ for f in ADJUST] == [f"adjust_{name}" for name in JITTER_OPS]

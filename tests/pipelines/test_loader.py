@@ -1,0 +1,255 @@
+"""ViewLoader: the same views for every batch size, rank, worker count and resume point; errors that surface."""
+
+from __future__ import annotations
+
+import threading
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import beton
+from pipelines.batch import ViewBatch
+from pipelines.errors import ConfigError, RunError
+from pipelines.loader import ViewLoader
+from pipelines.subset import Subset, spread
+from pipelines.views import ViewSpec
+from tests.pipelines.test_crop import smooth_images
+
+JITTER = ["jitter", 0.8, {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}]
+PLAN = [
+    ViewSpec("teacher", 24, box={"random_resized": {"scale": [0.2, 1.0]}}, flip=0.5),
+    ViewSpec("student", 24, count=2, flip=0.5, ops=[JITTER, ["grey", 0.2], ["blur", 0.5, {"sigma": [0.1, 2.0]}]]),
+    ViewSpec("student", 16),
+]
+ENGINES = ("resident", "torchvision")
+COUNT = 26
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """26 JPEGs of two sizes, labels 0 and 1."""
+    path = tmp_path_factory.mktemp("loader") / "images.beton"
+    images = [*smooth_images(COUNT // 2, 32, 32), *smooth_images(COUNT - COUNT // 2, 40, 28, seed=1)]
+    beton.write(path, ((jpeg(image), i % 2) for i, image in enumerate(images)), count=COUNT)
+    return path
+
+
+def jpeg(image):
+    buffer = BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def collect(files, *, epoch=0, update=0, **options):
+    """sample id -> all views of the sample, over the rest of an epoch."""
+    options = {"global_batch": 8, "drop_last": False, "engine": "resident", **options}
+    found = {}
+    with ViewLoader(files, [(None, PLAN)], **options) as loader:
+        loader.set_position(epoch, update)
+        for batch in loader:
+            for row, index in enumerate(batch.index.tolist()):
+                views = [view[row] for name in ("teacher", "student") for view in batch.views[name]]
+                found[index] = (views, int(batch.label[row]), int(batch.position[row]))
+    return found
+
+
+def assert_same_views(some, reference):
+    assert some
+    for index, (views, label, _) in some.items():
+        assert label == reference[index][1] == index % 2
+        for a, b in zip(views, reference[index][0], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_views_depend_on_seed_epoch_and_sample_alone(data, engine):
+    reference = collect(data, engine=engine, global_batch=COUNT)
+    assert sorted(reference) == list(range(COUNT))
+    assert_same_views(collect(data, engine=engine, global_batch=8), reference)
+    assert_same_views(collect(data, engine=engine, global_batch=8, workers=1), reference)
+    assert_same_views(collect(data, engine=engine, global_batch=8, num_micro=2), reference)
+    assert_same_views(collect(data, engine=engine, global_batch=4, update=3), reference)
+    ranks = [collect(data, engine=engine, global_batch=8, rank=r, world_size=2) for r in range(2)]
+    assert not ranks[0].keys() & ranks[1].keys()
+    for rank in ranks:
+        assert_same_views(rank, reference)
+    for other in (collect(data, engine=engine, epoch=1), collect(data, engine=engine, seed=1)):
+        assert not torch.equal(other[0][0][0], reference[0][0][0])
+
+
+def test_engines_agree_to_one_level(data):
+    """The crops differ by at most one level of 255; without colour operations so do the views."""
+    a, b = (collect(data, engine=engine) for engine in ENGINES)
+    std = min(PLAN[0].normalize[1])
+    for index in a:
+        for view in (0, 3):  # the teacher and the last student, which have no colour operations
+            assert (a[index][0][view] - b[index][0][view]).abs().max() <= 1.001 / 255 / std
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_stacked_views_are_no_copy(data, channels_last):
+    with ViewLoader(data, [(None, PLAN[:2])], global_batch=8, channels_last=channels_last) as loader:
+        batch = next(iter(loader))
+    stacked = batch.stacked("student")
+    assert stacked.shape == (16, 3, 24, 24)
+    assert torch.equal(stacked, torch.cat(batch.views["student"]))
+    assert stacked.data_ptr() == batch.views["student"][0].data_ptr()
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    assert stacked.is_contiguous(memory_format=order)
+    assert batch.views["teacher"][0].is_contiguous(memory_format=order)
+
+
+def test_views_of_different_sizes_cannot_be_stacked(data):
+    with ViewLoader(data, [(None, PLAN)], global_batch=8) as loader:
+        batch = next(iter(loader))
+    with pytest.raises(ValueError, match="differ in shape"):
+        batch.stacked("student")
+
+
+def test_a_batch_made_by_hand_can_be_stacked():
+    x = torch.arange(24.0).view(2, 3, 2, 2)
+    place = torch.arange(2)
+    assert torch.equal(ViewBatch({"a": (x, x)}, place, place, place).stacked("a"), torch.cat([x, x]))
+
+
+def test_batches_may_be_kept(data):
+    with ViewLoader(data, [(None, PLAN)], global_batch=8, engine="torchvision") as loader:
+        kept = [(batch, batch.views["student"][0].clone()) for batch in loader]
+    assert len(kept) == 3
+    for batch, copy in kept:
+        assert torch.equal(batch.views["student"][0], copy)
+
+
+def test_positions_are_places_in_the_global_batch(data):
+    batches = []
+    for rank in range(2):
+        with ViewLoader(data, [(None, PLAN)], global_batch=8, num_micro=2, rank=rank, world_size=2) as loader:
+            batches.append(list(loader))
+    first = torch.cat([batches[r][m].position for r in range(2) for m in range(2)])
+    assert sorted(first.tolist()) == list(range(8))
+    assert batches[1][1].position.tolist() == [3, 7]  # micro 1, rank 1: m + A (r + W j)
+
+
+def test_phases_follow_the_epoch(data):
+    late = [ViewSpec("late", 8)]
+    with ViewLoader(data, [(2, PLAN), (None, late)], global_batch=8) as loader:
+        for epoch, names in ((0, {"teacher", "student"}), (1, {"teacher", "student"}), (2, {"late"}), (9, {"late"})):
+            loader.set_position(epoch)
+            assert set(next(iter(loader)).views) == names
+
+
+@pytest.mark.parametrize(
+    ("phases", "words"),
+    [
+        ([], "at least one phase"),
+        ([(3, PLAN)], "the last phase"),
+        ([(None, PLAN), (None, PLAN)], "only the last"),
+        ([(3, PLAN), (2, PLAN), (None, PLAN)], "increase"),
+        ([(None, [])], "no views"),
+    ],
+)
+def test_impossible_phases_are_refused(data, phases, words):
+    with pytest.raises(ConfigError, match=words):
+        ViewLoader(data, phases, global_batch=8)
+
+
+def test_several_files_are_one_data_set(data):
+    with ViewLoader([data, data], [(None, PLAN)], global_batch=52) as loader:
+        batch = next(iter(loader))
+    assert sorted(batch.index.tolist()) == list(range(52))
+
+
+def test_a_subset_has_its_own_ids(data):
+    with beton.open(data) as files:
+        few = spread(files, 5)
+        assert [int(i) for i in few.ids] == [0, 5, 10, 15, 20]
+        assert spread(files, COUNT) is files
+        with ViewLoader(few, [(None, PLAN)], global_batch=5, engine="torchvision") as loader:
+            batch = next(iter(loader))
+        assert sorted(batch.index.tolist()) == list(range(5))
+        assert (batch.label == batch.index * 5 % 2).all()
+        assert (Subset(files, np.array([7])).decode(0) == files.decode(7)).all()
+
+
+def test_unknown_and_absent_engines(data):
+    for name, words in (("residen", "did you mean 'resident'"), ("dali", "not in this version yet")):
+        with pytest.raises(ConfigError, match=words):
+            ViewLoader(data, [(None, PLAN)], global_batch=8, engine=name)
+
+
+def test_resident_refuses_bicubic(data):
+    spec = ViewSpec("a", 16, interpolation="bicubic")
+    with pytest.raises(ConfigError, match="bilinearly"):
+        ViewLoader(data, [(None, [spec])], global_batch=8, engine="resident")
+    ViewLoader(data, [(None, [spec])], global_batch=8, engine="torchvision").close()
+
+
+def damage(path, ids):
+    """Overwrite the payloads of some samples behind the header, so that they do not decode."""
+    with beton.open(path) as files:
+        places = [(int(files.locate(i)[0].offsets[i]), int(files.locate(i)[0].sizes[i])) for i in ids]
+    raw = bytearray(path.read_bytes())
+    for start, size in places:
+        raw[start : start + size] = b"\x00" * size
+    path.write_bytes(raw)
+
+
+@pytest.fixture
+def damaged(data, tmp_path):
+    path = tmp_path / "damaged.beton"
+    path.write_bytes(data.read_bytes())
+    damage(path, [3])
+    return path
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_unreadable_image_is_replaced_by_another(data, damaged, engine):
+    reference = collect(data, engine=engine, global_batch=COUNT)
+    with ViewLoader(damaged, [(None, PLAN)], global_batch=COUNT, engine=engine) as loader:
+        batch = next(iter(loader))
+        assert loader.num_unreadable == 1
+    index = batch.index.tolist()
+    assert 3 not in index
+    assert len(index) == COUNT
+    (twice,) = [i for i in index if index.count(i) == 2 and i != 3][:1]
+    rows = [row for row, i in enumerate(index) if i == twice]
+    for row in rows:  # views and label are the replacement's own
+        assert torch.equal(batch.views["teacher"][0][row], reference[twice][0][0])
+        assert batch.label[row] == twice % 2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_too_many_unreadable_images_stop_the_run(data, tmp_path, engine):
+    path = tmp_path / "worse.beton"
+    path.write_bytes(data.read_bytes())
+    damage(path, [1, 2, 3, 4])
+    with (
+        ViewLoader(path, [(None, PLAN)], global_batch=8, engine=engine) as loader,
+        pytest.raises(RunError, match=r"images could not be read, and at most 1 may be.*sample \d+ of .*worse.beton"),
+    ):
+        list(loader)
+
+
+def test_an_abandoned_epoch_leaves_no_thread(data):
+    before = threading.active_count()
+    with ViewLoader(data, [(None, PLAN)], global_batch=4, engine="torchvision", workers=2) as loader:
+        for _ in range(20):
+            next(iter(loader))
+        working = threading.active_count()
+        assert working <= before + 3  # two decoders, one feeder
+    assert threading.active_count() == before
+
+
+def test_file_order_covers_every_image_once(data):
+    for world in (1, 2, 3):
+        seen = []
+        for rank in range(world):
+            with ViewLoader(
+                data, [(None, PLAN[:1])], global_batch=4 * world, rank=rank, world_size=world, shuffle=False,
+                drop_last=False,
+            ) as loader:  # fmt: skip
+                seen += [i for batch in loader for i in batch.index.tolist()]
+        assert sorted(seen) == list(range(COUNT))
