@@ -63,11 +63,7 @@ def allocate(
     sizes: dict[str, list[int]] = {}
     for spec in expand(plan):
         sizes.setdefault(spec.name, []).append(spec.size)
-    storage = {
-        name: empty(len(s), batch, s[0], s[0], 3)
-        for name, s in sizes.items()
-        if len(set(s)) == 1
-    }
+    storage = {name: empty(len(s), batch, s[0], s[0], 3) for name, s in sizes.items() if len(set(s)) == 1}
     taken = dict.fromkeys(sizes, 0)
     buffers = []
     for spec in expand(plan):

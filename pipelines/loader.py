@@ -229,9 +229,7 @@ class ViewLoader:
         params: list[ViewParams],
         crops: list[Tensor],
     ) -> ViewBatch:
-        buffers, storage = allocate(
-            plan, len(index), self.device, self.dtype, channels_last=self.channels_last
-        )
+        buffers, storage = allocate(plan, len(index), self.device, self.dtype, channels_last=self.channels_last)
         for spec, view, crop, out in zip(expand(plan), params, crops, buffers, strict=True):
             colour(crop.to(self.device, non_blocking=True), view, spec, out)
 

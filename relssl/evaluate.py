@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ from relssl.runfolder import RunFolder, now
 from relssl.weights import load_backbone
 
 log = logging.getLogger("relssl.evaluate")
+
+_SECONDS_BETWEEN_LINES = 10
 
 
 @dataclass
@@ -192,10 +195,12 @@ def _train_probe(
     settings: LinearProtocol,
     seed: int,
 ) -> LinearResult:
-    every = max(settings.epochs // 10, 1)
+    last = perf_counter()
 
     def progress(record: dict[str, Any]) -> None:
-        if record["epoch"] % every == 0:
+        nonlocal last
+        if perf_counter() - last > _SECONDS_BETWEEN_LINES or record["epoch"] == settings.epochs:
+            last = perf_counter()
             log.info(
                 "linear, seed %d: epoch %d/%d  loss %.4f  top-1 %.2f",
                 seed,

@@ -73,8 +73,8 @@ class Rate:
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 90:
+    """`145 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 180:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     if minutes < 90:

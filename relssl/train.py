@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from pipelines import beton
 from pipelines.batch import ViewBatch
 from pipelines.errors import ConfigError, RunError
 from pipelines.loader import ViewLoader
@@ -73,6 +73,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, command: str = "re
         ConfigError, InputError: before the first update.
         RunError: a loss that is not finite; the last checkpoint is from before.
     """
+    AcceleratorState._reset_state()  # it would hold a second run in this process to the first one's precision
     accelerator = Accelerator(
         mixed_precision=_mixed_precision(recipe.train.precision),
         log_with="tensorboard" if recipe.train.tensorboard else None,
@@ -84,7 +85,8 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, command: str = "re
         _check_folder(folder, resume)
         folder.create(recipe, command) if accelerator.is_main_process else None
     with _LogFile(folder.log, accelerator.is_main_process), StopSignals() as signals:
-        return Trainer(recipe, folder, accelerator, resume).run(signals)
+        with contextlib.closing(Trainer(recipe, folder, accelerator, resume)) as trainer:
+            return trainer.run(signals)
 
 
 class Trainer:
@@ -98,7 +100,7 @@ class Trainer:
         wanted = recipe.train.channels_last
         channels_last = self.device.type == "cuda" if wanted == "auto" else wanted
         self.loader = ViewLoader(
-            beton.open(recipe.data.train),
+            recipe.data.train,
             recipe.views.specs(),
             global_batch=recipe.train.batch_size,
             num_micro=recipe.train.num_micro,
@@ -206,8 +208,6 @@ class Trainer:
             save_backbone(self.folder.backbone, self.method.encoder, self.recipe, self.recipe.train.epochs)
         if self.online is not None:
             self.online.neighbour_sheet(self.method.encoder, self.folder.path / "neighbours.png")
-            self.online.close()
-        self.loader.close()
         if self.recipe.train.tensorboard:
             self.accelerator.end_training()
         self._say(f"done: {self.total} updates. The backbone is {self.folder.backbone}")
@@ -361,8 +361,13 @@ class Trainer:
             f"stopped at update {self.position.total} of {self.total} by {signals.name}; a checkpoint is written. "
             f"Go on with: relssl train {self.folder.config} --out {self.folder.path} --resume auto"
         )
-        self.loader.close()
         return signals.exit_code
+
+    def close(self) -> None:
+        """End the threads of the loaders and close the data."""
+        self.loader.close()
+        if self.online is not None:
+            self.online.close()
 
 
 def run_update(
@@ -533,7 +538,10 @@ class _LogFile:
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
 
     def __enter__(self) -> None:
-        logging.getLogger("relssl").addHandler(self.handler)
+        logger = logging.getLogger("relssl")
+        logger.addHandler(self.handler)
+        if logger.level == logging.NOTSET:  # used as a library: the file is wanted all the same
+            logger.setLevel(logging.INFO)
 
     def __exit__(self, *exc: object) -> None:
         logging.getLogger("relssl").removeHandler(self.handler)

@@ -137,8 +137,7 @@ def test_optional_packages_are_imported_where_they_are_used() -> None:
         for statement in tree.body
         if not isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.If)
         for target, node in imported(module, path, statement)
-        if target.split(".")[0] in OPTIONAL
-        and not path.relative_to(ROOT).as_posix().startswith(OPTIONAL_ROOMS)
+        if target.split(".")[0] in OPTIONAL and not path.relative_to(ROOT).as_posix().startswith(OPTIONAL_ROOMS)
     ]
     assert eager == []
 

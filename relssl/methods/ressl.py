@@ -63,7 +63,7 @@ class Method(base.Method):
         self.head = MLPHead(encoder.feature_dim, config.hidden_dim, config.embed_dim)
         self.teacher = make_teacher(nn.ModuleDict({"encoder": self.encoder, "head": self.head}))
         self.queue = KeyQueue(config.queue_size, config.embed_dim)
-        self._held: list[Tensor] = []  # keys of the micro-batches of one update
+        self._held: list[tuple[Tensor, Tensor]] = []  # places and keys of the micro-batches of one update
 
     def forward(self, batch: ViewBatch, step: base.Step) -> tuple[Tensor, dict[str, Tensor]]:
         q_VBD = torch.cat([_normalize(self.head(self.encoder(x))) for x in batch.views["student"]])
@@ -71,6 +71,7 @@ class Method(base.Method):
             if step.micro == 0:
                 self._update_teacher()
             k_BD, keys_GD = self._encode_keys(batch, step)
+            place_G = dist.gather(batch.position).sort().values
         loss = relational_cross_entropy(
             q_VBD,
             k_BD,
@@ -78,9 +79,10 @@ class Method(base.Method):
             tau_student=self.config.tau_student,
             tau_teacher=self.config.tau_teacher,
         )
-        self._held.append(keys_GD)
+        self._held.append((place_G, keys_GD))
         if step.is_last_micro:
-            self.queue.push(torch.cat(self._held))
+            places, keys = (torch.cat(parts) for parts in zip(*self._held, strict=True))
+            self.queue.push(keys[places.argsort()])  # the order of the global batch, however it was cut
             self._held = []
         return loss, {"embedding_std": _embedding_std(q_VBD.detach())}
 

@@ -37,7 +37,9 @@ def pil_crops(images, params, resample=Image.Resampling.BILINEAR):
         images, params.box, params.resized, params.offset, params.flip, strict=True
     ):
         top, left, h, w = (int(v) for v in box)
-        crop = Image.fromarray(image[top : top + h, left : left + w]).resize((int(resized[1]), int(resized[0])), resample)
+        crop = Image.fromarray(image[top : top + h, left : left + w]).resize(
+            (int(resized[1]), int(resized[0])), resample
+        )
         y, x = (int(v) for v in offset)
         square = np.array(crop)[y : y + params.size, x : x + params.size]
         out.append(square[:, ::-1] if flip else square)
@@ -98,9 +100,7 @@ def test_crops_do_not_depend_on_the_batch():
     crop_small(images, np.arange(16), whole, out)
     for i in range(16):
         index = np.array([i])
-        one = draw(
-            [SPECS["random"]], seed=1, epoch=0, index=index, heights=np.array([32]), widths=np.array([32])
-        )[0]
+        one = draw([SPECS["random"]], seed=1, epoch=0, index=index, heights=np.array([32]), widths=np.array([32]))[0]
         single = np.empty((1, 24, 24, 3), np.uint8)
         crop_small(images, index, one, single)
         assert (single[0] == out[i]).all()

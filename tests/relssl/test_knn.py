@@ -16,9 +16,7 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "knn.npz"
 
 
 def rows(n: int, d: int, seed: int) -> torch.Tensor:
-    return torch.nn.functional.normalize(
-        torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1
-    )
+    return torch.nn.functional.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
 def loop_scores(train_x, train_y, test_x, k, temperature, num_classes):
@@ -83,9 +81,7 @@ def test_features_of_any_length_are_normalised():
     train_x, test_x = rows(50, 8, 2), rows(20, 8, 3)
     train_y, test_y = torch.arange(50) % 5, torch.arange(20) % 5
     scaled = train_x * torch.linspace(0.1, 9, 50)[:, None]
-    assert knn_accuracy(scaled, train_y, test_x * 3, test_y, k=4) == knn_accuracy(
-        train_x, train_y, test_x, test_y, k=4
-    )
+    assert knn_accuracy(scaled, train_y, test_x * 3, test_y, k=4) == knn_accuracy(train_x, train_y, test_x, test_y, k=4)
 
 
 def test_half_precision_and_autocast_do_not_change_float32_arithmetic():

@@ -53,9 +53,7 @@ def test_uniformity_equals_the_formula_whatever_the_blocks(monkeypatch, query_bl
     monkeypatch.setattr(label_free, "KEY_BLOCK", key_block)
     x = features(23, 6)
     unit = torch.nn.functional.normalize(x.double(), dim=1)
-    pairs = [
-        math.exp(-2 * float((unit[i] - unit[j]).square().sum())) for i in range(23) for j in range(i + 1, 23)
-    ]
+    pairs = [math.exp(-2 * float((unit[i] - unit[j]).square().sum())) for i in range(23) for j in range(i + 1, 23)]
     assert uniformity(x) == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-5)
 
 

@@ -51,12 +51,8 @@ def probe(protocol: LinearProtocol, *, seed: int = 0, train=None, test=None, **c
 @pytest.mark.parametrize(
     "protocol",
     [
-        LinearProtocol(
-            lr=0.5, epochs=4, batch_size=16, init_std=0.01, zero_bias=True, dtype="fp64", select="last"
-        ),
-        LinearProtocol(
-            lr=0.2, epochs=4, batch_size=16, nesterov=True, weight_decay=0.01, dtype="fp64", select="last"
-        ),
+        LinearProtocol(lr=0.5, epochs=4, batch_size=16, init_std=0.01, zero_bias=True, dtype="fp64", select="last"),
+        LinearProtocol(lr=0.2, epochs=4, batch_size=16, nesterov=True, weight_decay=0.01, dtype="fp64", select="last"),
         LinearProtocol(
             lr=2.0,
             epochs=4,
@@ -112,9 +108,7 @@ def test_initial_weights_follow_the_protocol():
     labels = torch.arange(12) % NUM_CLASSES
     wide = torch.randn(12, 2000, generator=torch.Generator().manual_seed(0)), labels
     still = {"lr": 1e-30, "epochs": 1, "batch_size": 16}
-    normal = probe(
-        LinearProtocol(**still, init_std=0.01, zero_bias=True), train=wide, test=wide, feature_dim=2000
-    )
+    normal = probe(LinearProtocol(**still, init_std=0.01, zero_bias=True), train=wide, test=wide, feature_dim=2000)
     assert float(normal.weight.std()) == pytest.approx(0.01, rel=0.03)
     assert float(normal.weight.abs().max()) > 0.03
     assert normal.bias.abs().max() < 1e-20  # one step at lr 1e-30 away from zero
@@ -200,19 +194,14 @@ def test_top5_counts_the_five_largest_and_does_not_exist_below_five_classes():
     assert result.top5 == pytest.approx(100 * float((rank < 5).float().mean()))
     assert result.top5 < 100
     small = (torch.randn(9, DIM), torch.arange(9) % 3)
-    assert (
-        probe(LinearProtocol(lr=0.1, epochs=1, batch_size=4), train=small, test=small, num_classes=3).top5
-        is None
-    )
+    assert probe(LinearProtocol(lr=0.1, epochs=1, batch_size=4), train=small, test=small, num_classes=3).top5 is None
 
 
 def test_features_made_in_inference_mode_and_progress():
     records = []
     with torch.inference_mode():
         train, test = blobs(50, 1), blobs(30, 2)
-        result = probe(
-            LinearProtocol(lr=0.3, epochs=3, batch_size=16), train=train, test=test, progress=records.append
-        )
+        result = probe(LinearProtocol(lr=0.3, epochs=3, batch_size=16), train=train, test=test, progress=records.append)
     live = train_linear_probe(
         lambda epoch: [train],
         1,

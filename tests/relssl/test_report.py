@@ -101,9 +101,7 @@ def fake_run(folder: Path, *, config: Any = CONFIG, lines: Any = None, results: 
     """A run folder as the trainer leaves it, metrics cut in the middle of a line."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "env.json").write_text(
-        json.dumps({"command": "relssl train X", "torch": "2.14.1", "devices": []})
-    )
+    (folder / "env.json").write_text(json.dumps({"command": "relssl train X", "torch": "2.14.1", "devices": []}))
     whole = "".join(json.dumps(line) + "\n" for line in (metric_lines() if lines is None else lines))
     (folder / "metrics.jsonl").write_text(whole + '{"kind":"train","update":99')
     (folder / "results.json").write_text(json.dumps({"format": 1, "results": results}))
@@ -191,10 +189,7 @@ def test_a_whole_run_is_on_the_page(tmp_path):
     assert "Not comparable" not in page.text
     assert (tmp_path / "run/report.html").read_text().count('class="paper"') == 1
     assert "SGD lr 0.2; 100 epochs; batch 256; best epoch reported; probe seeds 0, 1" in page.text
-    assert (
-        "trained on digits_train.beton (8,400 images); tested on digits_test.beton (1,797 images)"
-        in page.text
-    )
+    assert "trained on digits_train.beton (8,400 images); tested on digits_test.beton (1,797 images)" in page.text
     assert "relssl train X" in page.text
     assert len(page.references) == 2
     assert not list((tmp_path / "run").glob(".*"))
@@ -291,9 +286,7 @@ def test_odd_values_do_not_break_the_page(tmp_path):
     lines[2]["seconds"] = None
     lines[3] = {"kind": "train", "update": "many"}
     odd = {"evaluator": "linear", "weights": "pretrained", "top1": None, "top5": "x", "protocol": 3}
-    page = page_of(
-        fake_run(tmp_path, lines=lines, results=[odd, "x", entry("knn", "pretrained", 40.0, top5=None)])
-    )
+    page = page_of(fake_run(tmp_path, lines=lines, results=[odd, "x", entry("knn", "pretrained", 40.0, top5=None)]))
     assert "Loss" in page.text
     assert ["kNN top-1", "–", "40.00", "–", "", ""] in page.cells
     assert not any(row and row[0].startswith(("linear", "kNN top-5")) for row in page.cells)
@@ -317,9 +310,7 @@ def test_odd_values_do_not_break_the_page(tmp_path):
 )
 def test_a_paper_that_cannot_be_compared_is_marked(tmp_path, paper, protocol, reason):
     config = {**CONFIG, "about": {"paper": {**CONFIG["about"]["paper"], **paper}}}
-    page = page_of(
-        fake_run(tmp_path, config=config, results=[entry("linear", "pretrained", 45.0, protocol=protocol)])
-    )
+    page = page_of(fake_run(tmp_path, config=config, results=[entry("linear", "pretrained", 45.0, protocol=protocol)]))
     assert "* Not comparable" in page.text
     assert reason in page.text
     assert 'class="paper"' not in (tmp_path / "report.html").read_text()
