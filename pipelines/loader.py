@@ -20,7 +20,7 @@ from pipelines import beton
 from pipelines.batch import ViewBatch, allocate, named_views
 from pipelines.colour import colour
 from pipelines.draw import ViewParams, counter_hash, draw
-from pipelines.engines import choose_engine, make_engine
+from pipelines.engines import choose_engine, engine_class
 from pipelines.errors import ConfigError, InputError, RunError
 from pipelines.order import batch_sizes, local_positions, permutation
 from pipelines.views import ViewSpec, expand
@@ -79,33 +79,37 @@ class ViewLoader:
         max_unreadable: float = 0.01,
         shuffle: bool = True,
     ):
-        self._owns_files = isinstance(files, (str, Path, list, tuple))
-        self.files = beton.open(files) if self._owns_files else files
         self.phases = _checked_phases(phases)
         self.global_batch, self.num_micro = global_batch, num_micro
         self.device, self.dtype, self.channels_last = torch.device(device), dtype, channels_last
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.shuffle = shuffle
-        self.sizes = batch_sizes(
-            len(self.files),
-            global_batch,
-            drop_last=drop_last,
-            shares=world_size * num_micro,
-            least_share=2 if shuffle else 0,
-        )
-        name, self.engine_reason = choose_engine(engine, self.files)
-        self.engine_name = name
-        self.engine = make_engine(
-            name, self.files, device=self.device, workers=available_cores() if workers is None else workers
-        )
-        for _, plan in self.phases:
-            for spec in plan:
-                self.engine.check(spec)
-        self._feeder = ThreadPoolExecutor(1, thread_name_prefix="relssl-feed") if self.engine.ASYNC else None
-        self._unreadable_limit = math.ceil(max_unreadable * len(self.files))
+        self.epoch, self.update = 0, 0
         self._unreadable: set[int] = set()
         self._lock = threading.Lock()
-        self.epoch, self.update = 0, 0
+        self._owns_files = isinstance(files, (str, Path, list, tuple))
+        self.files = beton.open(files) if self._owns_files else files
+        try:
+            self._unreadable_limit = math.ceil(max_unreadable * len(self.files))
+            self.sizes = batch_sizes(
+                len(self.files),
+                global_batch,
+                drop_last=drop_last,
+                shares=world_size * num_micro,
+                least_share=2 if shuffle else 0,
+            )
+            self.engine_name, self.engine_reason = choose_engine(engine, self.files)
+            make_engine = engine_class(self.engine_name)
+            for _, plan in self.phases:
+                for spec in plan:
+                    make_engine.check(spec)
+            workers = available_cores() if workers is None else workers
+            self.engine = make_engine(self.files, device=self.device, workers=workers)
+        except BaseException:
+            if self._owns_files:
+                self.files.close()
+            raise
+        self._feeder = ThreadPoolExecutor(1, thread_name_prefix="relssl-feed") if self.engine.ASYNC else None
 
     @property
     def updates_per_epoch(self) -> int:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from pipelines.errors import ConfigError, RelsslError
@@ -31,6 +30,9 @@ app.add_typer(eval_app, name="eval")
 # Verbs and evaluators of later versions: refused by name, so that nobody looks for a spelling mistake.
 PLANNED = ("import", "export", "bench", "compare", "ls", "saliency")
 PLANNED_EVALUATORS = ("finetune", "retrieval", "probe")
+
+# Click's base of usage errors. Typer carries click inside itself in some versions and depends on it in others.
+_UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, as often as wanted")]
 Out = Annotated[Path, typer.Option("--out", help="file to write")]
@@ -58,12 +60,12 @@ def run(arguments: list[str]) -> int:
     except RelsslError as error:
         _say_error(str(error))
         return error.exit_code
-    except click.ClickException as error:
+    except _UsageError as error:
         error.show()
         return 2
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         return error.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         _say_error("interrupted")
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as after `relssl configs | head`

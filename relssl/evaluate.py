@@ -227,7 +227,16 @@ class _Task:
         if test_place is None:
             raise ConfigError("no test data: give --test FILE.beton, or set data.test in the recipe")
         places: dict[str, Any] = {"train": train or data.probe or data.train, "test": test_place}
-        self.sets = {name: beton.open(place) for name, place in places.items()}
+        self.sets: dict[str, Any] = {}
+        try:
+            self._open(places)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, places: dict[str, Any]) -> None:
+        for name, place in places.items():
+            self.sets[name] = beton.open(place)
         self.names = {name: _short(place) for name, place in places.items()}
         self._features: dict[str, tuple[Tensor, Tensor]] = {}
         labels = {name: files.labels for name, files in self.sets.items()}
@@ -250,6 +259,9 @@ class _Task:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         for files in self.sets.values():
             files.close()
 

@@ -26,19 +26,27 @@ class OnlineEvaluator:
     """Keeps its data open for the length of a run. Every rank must call `run`; all get the same numbers."""
 
     def __init__(self, recipe: Recipe, device: torch.device, dtype: torch.dtype):
-        assert recipe.eval.online is not None
         self.recipe = recipe
-        self.files = [beton.open(recipe.data.probe or recipe.data.train)]
-        train = spread(self.files[0], recipe.eval.online.num_train)
-        self.labelled = bool((self.files[0].labels >= 0).all())
-        sets = [train]
-        if self.labelled and recipe.data.test is not None:
-            self.files.append(beton.open(recipe.data.test))
-            self.labelled = bool((self.files[1].labels >= 0).all())
-            if self.labelled:
-                sets.append(spread(self.files[1], recipe.eval.online.num_test))
-        self.labelled = self.labelled and len(sets) == 2
-        self.loaders = [self._loader(files, device, dtype) for files in sets]
+        self.files: list[Any] = []
+        self.loaders: list[ViewLoader] = []
+        try:
+            self._open(device, dtype)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, device: torch.device, dtype: torch.dtype) -> None:
+        data, online = self.recipe.data, self.recipe.eval.online
+        assert online is not None
+        self.files.append(beton.open(data.probe or data.train))
+        sets = [spread(self.files[0], online.num_train)]
+        if data.test is not None and (self.files[0].labels >= 0).all():
+            self.files.append(beton.open(data.test))
+            if (self.files[1].labels >= 0).all():
+                sets.append(spread(self.files[1], online.num_test))
+        self.labelled = len(sets) == 2
+        for files in sets:
+            self.loaders.append(self._loader(files, device, dtype))
 
     def run(self, encoder: nn.Module) -> list[dict[str, Any]]:
         """Records for metrics.jsonl, without update and epoch."""

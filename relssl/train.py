@@ -49,6 +49,7 @@ from relssl.optim import (
 )
 from relssl.progress import Rate, Stopwatch, duration
 from relssl.runfolder import RunFolder
+from relssl.sheets import draw_views
 from relssl.weights import save_backbone
 
 log = logging.getLogger("relssl.train")
@@ -84,9 +85,12 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, command: str = "re
     with _on_main_first(accelerator):
         _check_folder(folder, resume)
         folder.create(recipe, command) if accelerator.is_main_process else None
-    with _LogFile(folder.log, accelerator.is_main_process), StopSignals() as signals:
-        with contextlib.closing(Trainer(recipe, folder, accelerator, resume)) as trainer:
-            return trainer.run(signals)
+    with (
+        _LogFile(folder.log, accelerator.is_main_process),
+        StopSignals() as signals,
+        contextlib.closing(Trainer(recipe, folder, accelerator, resume)) as trainer,
+    ):
+        return trainer.run(signals)
 
 
 class Trainer:
@@ -133,6 +137,9 @@ class Trainer:
     def run(self, signals: StopSignals) -> int:
         """Train from the current position to the end, or to a signal."""
         self._announce()
+        sheet = self.folder.path / "views.png"
+        if self.is_main and not sheet.exists():
+            draw_views(self.recipe, sheet)
         if self.recipe.train.tensorboard:
             self.accelerator.init_trackers("relssl")
         self.method.train()

@@ -1,8 +1,8 @@
-"""Engines: ways to turn sample ids and boxes into 8-bit crops. `make_engine` finds one by name.
+"""Engines: ways to turn sample ids and boxes into 8-bit crops. `engine_class` finds one by name.
 
 An engine is `<name>.py` here with a class `Engine(files, *, device, workers)` that offers
 
-    check(spec)                         raise ConfigError for what it cannot do
+    check(spec)                         static: raise ConfigError for what it cannot do
     crops(ids, params, replace)         list of (B, S, S, 3) uint8 tensors on `device`, one per view
     ASYNC                               True: worth running ahead of the consumer in a thread
     close()
@@ -14,13 +14,10 @@ to use instead and puts that image's parameters into row `row` of every `ViewPar
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.errors import ConfigError
 from pipelines.views import unknown_name
-
-if TYPE_CHECKING:
-    import torch
 
 ENGINES = ("resident", "torchvision")
 PLANNED_ENGINES = ("ffcv", "dali")
@@ -47,14 +44,14 @@ def choose_engine(name: str, files: Any) -> tuple[str, str]:
     )
 
 
-def make_engine(name: str, files: Any, *, device: torch.device, workers: int) -> Any:
-    """Build an engine by name.
+def engine_class(name: str) -> Any:
+    """The `Engine` class of a file in this folder.
 
     Raises:
         ConfigError: no such engine, or one that this version does not have yet.
     """
     check_engine_name(name)
-    return import_module(f"pipelines.engines.{name}").Engine(files, device=device, workers=workers)
+    return import_module(f"pipelines.engines.{name}").Engine
 
 
 def check_engine_name(name: str) -> None:

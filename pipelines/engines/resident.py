@@ -49,7 +49,8 @@ class Engine:
                 pass
         self.images = canvas.to(device)
 
-    def check(self, spec: ViewSpec) -> None:
+    @staticmethod
+    def check(spec: ViewSpec) -> None:
         if spec.interpolation != "bilinear":
             raise ConfigError(
                 f"view {spec.name!r}: the resident engine resizes bilinearly, not {spec.interpolation}; "

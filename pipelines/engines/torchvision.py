@@ -31,7 +31,8 @@ class Engine:
         self.device = device
         self.pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="relssl-decode")
 
-    def check(self, spec: ViewSpec) -> None:
+    @staticmethod
+    def check(spec: ViewSpec) -> None:
         """Every spec can be made."""
 
     def crops(

@@ -70,6 +70,7 @@ def test_a_run_leaves_what_it_promises(recipe_file, tmp_path):
     for key, value in found.backbone.state_dict().items():
         assert torch.equal(value, state[f"model/encoder.{key}"])
     assert (out / "neighbours.png").is_file()
+    assert (out / "views.png").is_file()
     assert "done: 9 updates" in (out / "log.txt").read_text()
     assert json.loads((out / "env.json").read_text())["torch"] == torch.__version__
     assert RunFolder(out).recipe() == load_recipe(recipe_file)

@@ -1,0 +1,78 @@
+"""Two gloo processes through the real trainer, launched as users launch it, against one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from relssl.config import load_recipe
+from relssl.runfolder import RunFolder
+from relssl.train import train
+from tests.relssl import tiny
+from tests.relssl.test_train import final_state
+
+ROOT = Path(__file__).resolve().parents[2]
+UPDATES = 21  # 7 epochs of 3
+TOLERANCE = 1e-10  # float64; the order of summation differs
+
+
+def launch(arguments, processes=2):
+    """torchrun with CPU processes; `accelerate launch --cpu` would silently start one."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["-m", "relssl.train", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def options(norm):
+    return [f"backbone.norm={norm}", "train.precision=fp64", "train.epochs=7", "train.checkpoint.every_updates=null"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["sync", "split(2)"])
+def test_two_processes_equal_one(tmp_path, norm):
+    recipe_file = tiny.write_recipe(tmp_path)
+    train(load_recipe(recipe_file, options(norm)), tmp_path / "one")
+    done = launch([str(recipe_file), *options(norm), "--out", str(tmp_path / "two")])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "on 2 process(es)" in done.stderr
+    one, two = final_state(tmp_path / "one"), final_state(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=TOLERANCE, msg=lambda m, key=key: f"{key}: {m}")
+    records = [RunFolder(tmp_path / name).read_metrics() for name in ("one", "two")]
+    for a, b in zip(*records, strict=True):
+        assert a["update"] == b["update"]
+        for measure in ("loss", "top1"):
+            assert a.get(measure, 0) == pytest.approx(b.get(measure, 0), abs=1e-9)
+    assert records[0][-1]["update"] == UPDATES
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_the_same_end(tmp_path):
+    """The same world size, local statistics: bit for bit."""
+    recipe_file = tiny.write_recipe(tmp_path, backbone={"name": "conv4", "norm": "local"})
+    whole = launch([str(recipe_file), "--out", str(tmp_path / "whole")])
+    first = launch([str(recipe_file), "--out", str(tmp_path / "cut")])
+    assert whole.returncode == first.returncode == 0, whole.stderr + first.stderr
+    for path in sorted((tmp_path / "cut" / "checkpoints").iterdir())[-2:]:
+        (path / "COMPLETE").unlink()
+    resumed = launch([str(recipe_file), "--out", str(tmp_path / "cut"), "--resume", "auto"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming at epoch" in resumed.stderr
+    one, two = final_state(tmp_path / "whole"), final_state(tmp_path / "cut")
+    for key in one:
+        assert torch.equal(one[key], two[key]), key
+
+
+@pytest.mark.slow
+def test_a_config_error_in_every_process_ends_with_its_code(tmp_path):
+    recipe_file = tiny.write_recipe(tmp_path)
+    done = launch([str(recipe_file), "train.batch_size=15", "--out", str(tmp_path / "run")])
+    assert done.returncode != 0
+    assert "the global batch of 15 images does not divide into 2" in done.stderr

@@ -1,0 +1,322 @@
+"""The program as a user meets it: real commands in real processes, their output and exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from relssl.cli import run
+from relssl.runfolder import read_results
+from tests.relssl import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def relssl(capsys, *arguments):
+    """Run a command in this process: (exit code, everything it printed)."""
+    code = run([str(a) for a in arguments])
+    out = capsys.readouterr()
+    return code, out.out + out.err
+
+
+def process(*arguments, cwd=ROOT):
+    command = [sys.executable, "-m", "relssl", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two classes of small PNGs."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+def test_help_lists_every_verb(capsys):
+    code, text = relssl(capsys, "--help")
+    assert code == 0
+    for verb in ("convert", "verify", "views", "configs", "validate", "train", "eval", "report", "demo", "doctor"):
+        assert verb in text
+
+
+@pytest.mark.parametrize("verb", [["import"], ["export"], ["bench", "views"], ["eval", "finetune"]])
+def test_verbs_of_later_versions_are_refused_by_name(capsys, verb):
+    code, text = relssl(capsys, *verb)
+    assert code == 2
+    assert f"relssl {' '.join(verb[: 2 if verb[0] == 'eval' else 1])}" in text
+    assert "not in this version yet" in text
+
+
+def test_a_wrong_option_is_a_usage_error(capsys):
+    code, text = relssl(capsys, "convert", "--colour", "x", "y")
+    assert code == 2
+    assert "--colour" in text
+
+
+def test_convert_and_verify(capsys, pictures, tmp_path):
+    out = tmp_path / "out.beton"
+    code, text = relssl(capsys, "convert", pictures, out)
+    assert code == 0, text
+    assert "20 images, 2 classes" in text
+    assert f"next: relssl verify {out}" in text
+    code, text = relssl(capsys, "verify", out)
+    assert code == 0
+    assert "is sound" in text
+    code, text = relssl(capsys, "convert", pictures, out)
+    assert code == 2
+    assert "--force" in text
+    code, _ = relssl(capsys, "convert", pictures, out, "--force", "--no-labels")
+    assert code == 0
+    raw = bytearray(out.read_bytes())
+    raw[len(raw) // 2] ^= 255
+    out.write_bytes(raw)
+    code, text = relssl(capsys, "verify", out)
+    assert code == 3, text
+
+
+@pytest.mark.parametrize("what", ["absent", "empty"])
+def test_sources_that_are_nothing(capsys, tmp_path, what):
+    source = tmp_path / "source"
+    if what == "empty":
+        source.mkdir()
+    code, text = relssl(capsys, "convert", source, tmp_path / "out.beton")
+    assert code == 3
+    assert str(source) in text
+    assert not (tmp_path / "out.beton").exists()
+
+
+def test_configs_lists_and_copies(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, text = relssl(capsys, "configs")
+    assert code == 0
+    assert "ressl/cifar10_resnet18\n" in text
+    code, text = relssl(capsys, "configs", "--copy", "ressl/cifar10_cpu")
+    assert code == 0
+    assert (tmp_path / "cifar10_cpu.yaml").is_file()
+    assert relssl(capsys, "configs", "--copy", "ressl/cifar10_cpu")[0] == 2
+    code, text = relssl(capsys, "validate", "cifar10_cpu.yaml", "train.epochs=3")
+    assert code == 0
+    assert "3 epochs" in text
+    code, text = relssl(capsys, "validate", "ressl/cifar11")
+    assert code == 2
+    assert "ressl/cifar10" in text
+
+
+def test_the_schema_is_json(capsys):
+    code, text = relssl(capsys, "schema")
+    assert code == 0
+    assert "optim" in json.loads(text)["properties"]
+
+
+def test_train_evaluate_and_report(capsys, tmp_path, monkeypatch):
+    recipe = tiny.write_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code, text = relssl(capsys, "train", recipe, "--out", "run")
+    assert code == 0, text
+    assert "report: run/report.html" in text
+    assert "next: relssl eval knn --weights run" in text
+    code, text = relssl(capsys, "train", recipe, "--out", "run")
+    assert code == 2
+    assert "--resume auto" in text
+    for more in ([], ["--random-init"]):
+        for evaluator in ("knn", "linear"):
+            code, text = relssl(capsys, "eval", evaluator, "--weights", "run", *more)
+            assert code == 0, text
+            assert f"{evaluator}, {'random' if more else 'pretrained'} conv4, 48 train and 48 test images" in text
+    results = read_results(Path("run"))
+    assert [(r["evaluator"], r["weights"]) for r in results] == [
+        ("knn", "pretrained"),
+        ("linear", "pretrained"),
+        ("knn", "random"),
+        ("linear", "random"),
+    ]
+    assert len(results[1]["top1"]["values"]) == 2  # two probe seeds
+    assert results[1]["epochs"] == 3
+    assert results[3]["epochs"] == 0
+    assert Path("run/head-seed0.safetensors").is_file()
+    code, text = relssl(capsys, "report", "run")
+    assert code == 0
+    page = Path("run/report.html").read_text()
+    assert "conv4" in page
+    assert "http" not in page.replace("http://www.w3.org", "")  # nothing is fetched
+
+
+def test_eval_takes_a_weights_file_and_other_data(capsys, tmp_path, monkeypatch):
+    recipe = tiny.write_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert relssl(capsys, "train", recipe, "--out", "run")[0] == 0
+    Path("elsewhere").mkdir()
+    shutil.copy("run/backbone.safetensors", "elsewhere/weights.safetensors")
+    other = tiny.write_data(tmp_path / "other.beton", seed=7, count=20)
+    arguments = ["--weights", "elsewhere/weights.safetensors", "--test", other, "--k", "3"]
+    code, text = relssl(capsys, "eval", "knn", *arguments)
+    assert code == 0, text
+    (entry,) = read_results(Path("elsewhere"))
+    assert (entry["test"], entry["num_test"], entry["protocol"]["k"]) == ("other.beton", 20, 3)
+
+
+def test_eval_by_a_papers_protocol_trains_on_augmented_views(capsys, tmp_path, monkeypatch):
+    changes = {
+        "eval__linear": {"protocol": "ressl_small", "options": {"epochs": 2}, "plan": [{"size": 12, "flip": 0.5}]}
+    }
+    recipe = tiny.write_recipe(tmp_path, **changes)
+    monkeypatch.chdir(tmp_path)
+    assert relssl(capsys, "train", recipe, "--out", "run")[0] == 0
+    code, text = relssl(capsys, "eval", "linear", "--weights", "run", "--seeds", "0", "--setting", "lr=0.1")
+    assert code == 0, text
+    protocol = read_results(Path("run"))[0]["protocol"]
+    assert (protocol["name"], protocol["lr"], protocol["augment"]) == ("ressl_small (changed)", 0.1, True)
+
+
+def test_evaluating_what_is_not_there(capsys, tmp_path):
+    code, text = relssl(capsys, "eval", "knn", "--weights", tmp_path / "absent")
+    assert code == 3
+    assert "there are no weights at" in text
+    recipe = tiny.write_recipe(tmp_path)
+    from relssl.config import load_recipe
+    from relssl.runfolder import RunFolder
+
+    RunFolder(tmp_path / "run").create(load_recipe(recipe), "test")
+    code, text = relssl(capsys, "eval", "knn", "--weights", tmp_path / "run")
+    assert code == 3
+    assert "neither a backbone nor a checkpoint yet" in text
+
+
+def test_evaluating_without_labels(capsys, tmp_path):
+    recipe = tiny.write_recipe(tmp_path, labels=False)
+    assert relssl(capsys, "train", recipe, "--out", tmp_path / "run")[0] == 0
+    code, text = relssl(capsys, "eval", "linear", "--weights", tmp_path / "run")
+    assert code == 3
+    assert "train.beton: 48 of 48 images have no label" in text
+
+
+def test_a_damaged_weights_file_is_refused(capsys, tmp_path):
+    file = tmp_path / "backbone.safetensors"
+    file.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00garbage")
+    code, text = relssl(capsys, "eval", "knn", "--weights", file)
+    assert code == 3
+    assert "cannot read weights" in text
+
+
+def test_a_batch_larger_than_the_data(capsys, tmp_path):
+    recipe = tiny.write_recipe(tmp_path)
+    code, text = relssl(
+        capsys, "train", recipe, "train.batch_size=64", "method.queue_size=64", "--out", tmp_path / "run"
+    )
+    assert code == 2
+    assert "larger than the data set, which has 48" in text
+
+
+def test_a_damaged_data_file(capsys, tmp_path):
+    recipe = tiny.write_recipe(tmp_path)
+    raw = (tmp_path / "train.beton").read_bytes()
+    (tmp_path / "train.beton").write_bytes(raw[: len(raw) // 2])
+    code, text = relssl(capsys, "train", recipe, "--out", tmp_path / "run")
+    assert code == 3
+    assert "train.beton" in text
+
+
+def test_several_seeds_are_several_runs(capsys, tmp_path):
+    recipe = tiny.write_recipe(tmp_path)
+    code, text = relssl(capsys, "train", recipe, "--out", tmp_path / "run", "--seeds", "1,2")
+    assert code == 0, text
+    for seed in (1, 2):
+        assert (tmp_path / f"run-seed{seed}" / "backbone.safetensors").is_file()
+    code, text = relssl(capsys, "train", recipe, "--seeds", "one")
+    assert code == 2
+    assert "whole numbers" in text
+
+
+def test_views_draws_a_sheet(capsys, tmp_path):
+    recipe = tiny.write_recipe(tmp_path)
+    out = tmp_path / "sheet.png"
+    code, text = relssl(capsys, "views", recipe, "--out", out, "--images", "3", "--draws", "2")
+    assert code == 0, text
+    with Image.open(out) as picture:
+        assert picture.width > 4 * 64  # original, teacher, two students
+        assert picture.height > 6 * 64
+
+
+def test_doctor_runs(capsys):
+    code, text = relssl(capsys, "doctor")
+    assert code in (0, 1)
+    assert "torch" in text
+
+
+def test_a_folder_called_pipelines_is_named(tmp_path):
+    """A user's own folder may hide ours under `python -m relssl`."""
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines" / "__init__.py").write_text("")
+    environment_path = f"import sys; sys.path.insert(1, {str(ROOT)!r}); import relssl"
+    done = subprocess.run(
+        [sys.executable, "-c", environment_path], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "Is there a folder called pipelines/ in the working directory?" in done.stderr
+
+
+def test_the_program_in_its_own_process(tmp_path):
+    done = process("validate", "ressl/digits_demo")
+    assert done.returncode == 0, done.stderr
+    assert "is valid" in done.stdout
+    done = process("validate", "ressl/digits_demo", "optim.lr=fast")
+    assert done.returncode == 2
+    assert "optim.lr" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_from_start_to_end(tmp_path):
+    done = process("demo", "--out", tmp_path / "demo")
+    assert done.returncode == 0, done.stderr
+    table = [line.split() for line in done.stdout.splitlines()]
+    rows = {line[0]: line for line in table if line and line[0] in ("kNN", "linear")}
+    assert set(rows) == {"kNN", "linear"}
+    for row in rows.values():
+        numbers = [float(x) for x in row[1:] if x.replace(".", "").replace("+", "").isdigit()]
+        assert numbers[-1] >= 10, row  # the gain
+    assert (tmp_path / "demo" / "run" / "report.html").is_file()
+    again = process("demo", "--out", tmp_path / "demo")  # nothing left to train
+    assert again.returncode == 0, again.stderr
+    assert "update 50/" not in again.stderr
+
+
+@pytest.mark.slow
+def test_real_photographs_from_folder_to_numbers(cifar_subset, tmp_path):
+    """CIFAR-10 JPEGs -> .beton -> ReSSL -> kNN and linear, by the commands of the README."""
+    for split in ("train", "test"):
+        done = process("convert", cifar_subset / split, tmp_path / f"{split}.beton")
+        assert done.returncode == 0, done.stderr
+        assert "10 classes" in done.stdout
+    data = [f"data.train={tmp_path / 'train.beton'}", f"data.test={tmp_path / 'test.beton'}"]
+    small = ["train.epochs=2", "train.batch_size=64", "method.queue_size=256"]
+    done = process("train", "ressl/cifar10_cpu", *data, *small, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    for evaluator in ("knn", "linear"):
+        done = process("eval", evaluator, "--weights", tmp_path / "run")
+        assert done.returncode == 0, done.stderr
+        assert "300 train and 100 test images" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["ressl/imagenet_resnet50", "ressl/imagenet_resnet50_5crop"])
+def test_views_of_real_photographs(imagenet_folder, tmp_path, recipe):
+    done = process("convert", imagenet_folder, tmp_path / "images.beton")
+    assert done.returncode == 0, done.stderr
+    assert "500 images, no labels" in done.stdout
+    data = f"data.train={tmp_path / 'images.beton'}"
+    done = process("views", recipe, data, "--out", tmp_path / "views.png", "--images", "4")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "views.png") as picture:
+        assert picture.height > 400
