@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipelines.batch import ViewBatch
-    from pipelines.draw import draw
     from pipelines.loader import ViewLoader
     from pipelines.views import ViewSpec
 
-__all__ = ["ViewBatch", "ViewLoader", "ViewSpec", "draw"]
+__all__ = ["ViewBatch", "ViewLoader", "ViewSpec"]
 
-_HOME = {"ViewBatch": "batch", "ViewLoader": "loader", "ViewSpec": "views", "draw": "draw"}
+_HOME = {"ViewBatch": "batch", "ViewLoader": "loader", "ViewSpec": "views"}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from pipelines.errors import InputError
@@ -34,7 +33,7 @@ def save_backbone(path: Path, backbone: nn.Module, recipe: Recipe, epochs: int) 
     tensors = {k: v.detach().to("cpu").contiguous().clone() for k, v in backbone.state_dict().items()}
     header = {"format": FORMAT, "recipe": recipe.model_dump_json(), "epochs": str(epochs)}
     work = path.with_name(f".{path.name}.writing")
-    save_file(tensors, work, metadata=header)
+    work.write_bytes(save(tensors, metadata=header))  # save_file would make it unreadable for anybody else
     work.replace(path)
 
 
@@ -61,13 +60,3 @@ def load_backbone(path: Path) -> BackboneFile:
     backbone.to(dtype)
     load_model(backbone, tensors, str(path))
     return BackboneFile(backbone, recipe, int(header["epochs"]))
-
-
-def describe_backbone(recipe: Recipe) -> dict[str, Any]:
-    """The keys of a results entry that say which backbone was evaluated."""
-    return {
-        "backbone": recipe.backbone.name,
-        "method": recipe.method["name"],
-        "epochs": recipe.train.epochs,
-        "global_batch": recipe.train.batch_size,
-    }

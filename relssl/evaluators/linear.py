@@ -31,7 +31,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -426,12 +426,10 @@ def save_head(
         **(extra or {}),
     }
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(
-        {"weight": result.weight.contiguous(), "bias": result.bias.contiguous()},
-        temporary,
-        metadata={"relssl": json.dumps(about)},
-    )
-    with open(temporary, "rb") as file:
+    tensors = {"weight": result.weight.contiguous(), "bias": result.bias.contiguous()}
+    with temporary.open("wb") as file:
+        file.write(save(tensors, metadata={"relssl": json.dumps(about)}))
+        file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     return path
