@@ -9,6 +9,8 @@ keeps every image's bits independent of the batch it is in.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,9 +37,20 @@ def colour(crops: Tensor, params: ViewParams, spec: ViewSpec, out: Tensor) -> No
         if len(rows):
             _OPERATIONS[op.name](planes, op, rows)
     if spec.normalize is not None:
-        mean, std = (torch.tensor(v, device=planes.device).view(1, 3, 1, 1) for v in spec.normalize)
+        mean, std = (_channels(tuple(values), planes.device) for values in spec.normalize)
         planes = (planes - mean) / std
     out.copy_(planes.permute(0, 2, 3, 1))
+
+
+def on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor of host values on a device. For CUDA through pinned memory, so that the copy waits for nothing."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def _jitter(planes: Tensor, op: OpParams, rows: np.ndarray) -> None:
@@ -50,8 +63,8 @@ def _jitter(planes: Tensor, op: OpParams, rows: np.ndarray) -> None:
             neutral = 0.0 if JITTER_OPS[kind] == "hue" else 1.0
             chosen = chosen[factors[chosen, kind] != neutral]
             if len(chosen):
-                at = torch.as_tensor(chosen, device=planes.device)
-                factor = torch.as_tensor(factors[chosen, kind], device=planes.device).view(-1, 1, 1, 1)
+                at = on_device(chosen, planes.device)
+                factor = on_device(factors[chosen, kind], planes.device).view(-1, 1, 1, 1)
                 planes[at] = function(planes[at], factor)
 
 
@@ -96,7 +109,7 @@ def _hue(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _grey(planes: Tensor, op: OpParams, rows: np.ndarray) -> None:
-    at = torch.as_tensor(rows, device=planes.device)
+    at = on_device(rows, planes.device)
     planes[at] = _luma(planes[at]).expand(-1, 3, -1, -1)
 
 
@@ -107,8 +120,8 @@ def _blur(planes: Tensor, op: OpParams, rows: np.ndarray) -> None:
     radius = np.minimum(np.ceil(4 * sigma[rows]).astype(np.int64), side - 1)
     for r in np.unique(radius):
         chosen = rows[radius == r]
-        at = torch.as_tensor(chosen, device=planes.device)
-        planes[at] = _gaussian(planes[at], torch.as_tensor(sigma[chosen], device=planes.device), int(r))
+        at = on_device(chosen, planes.device)
+        planes[at] = _gaussian(planes[at], on_device(sigma[chosen], planes.device), int(r))
 
 
 def _gaussian(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
@@ -123,8 +136,8 @@ def _gaussian(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
 
 
 def _solarise(planes: Tensor, op: OpParams, rows: np.ndarray) -> None:
-    at = torch.as_tensor(rows, device=planes.device)
-    threshold = torch.as_tensor(op.values["threshold"][rows], device=planes.device).view(-1, 1, 1, 1)
+    at = on_device(rows, planes.device)
+    threshold = on_device(op.values["threshold"][rows], planes.device).view(-1, 1, 1, 1)
     chosen = planes[at]
     planes[at] = torch.where(chosen >= threshold, 1.0 - chosen, chosen)
 

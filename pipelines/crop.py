@@ -127,17 +127,21 @@ def crop_matmul(images: Tensor, ids: Tensor, params: ViewParams) -> Tensor:
 def _interpolation_matrix(params: ViewParams, axis: int, length: int, device: torch.device) -> Tensor:
     """(B, S, length) float32 weights of one axis (0 = rows, 1 = columns), zero outside the box."""
 
+    precision = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no doubles
+
     def column(values: np.ndarray) -> Tensor:
-        return torch.as_tensor(values.astype(np.float64), device=device).view(-1, 1, 1)
+        tensor = torch.from_numpy(values.astype(np.float64)).to(precision)
+        tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+        return tensor.to(device, non_blocking=True).view(-1, 1, 1)
 
     low, n_in = column(params.box[:, axis]), column(params.box[:, axis + 2])
     scale = n_in / column(params.resized[:, axis])
     radius = scale.clamp(min=1.0)
-    out = torch.arange(params.size, dtype=torch.float64, device=device).view(1, -1, 1)
+    out = torch.arange(params.size, dtype=precision, device=device).view(1, -1, 1)
     if axis == 1:
         out = torch.where(column(params.flip) > 0, params.size - 1 - out, out)
     centre = (out + column(params.offset[:, axis]) + 0.5) * scale
-    at = torch.arange(length, dtype=torch.float64, device=device).view(1, 1, -1) - low
+    at = torch.arange(length, dtype=precision, device=device).view(1, 1, -1) - low
     first = (centre - radius + 0.5).floor().clamp(min=0)
     last = torch.minimum((centre + radius + 0.5).floor(), n_in)
     weight = (1 - (at + 0.5 - centre).abs() / radius).clamp(min=0)

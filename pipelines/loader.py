@@ -18,11 +18,12 @@ from torch import Tensor
 
 from pipelines import beton
 from pipelines.batch import ViewBatch, allocate, named_views
-from pipelines.colour import colour
+from pipelines.colour import colour, on_device
 from pipelines.draw import ViewParams, counter_hash, draw
 from pipelines.engines import choose_engine, engine_class
 from pipelines.errors import ConfigError, InputError, RunError
 from pipelines.order import batch_sizes, local_positions, permutation
+from pipelines.subset import Subset
 from pipelines.views import ViewSpec, expand
 
 log = logging.getLogger("relssl.loader")
@@ -184,8 +185,11 @@ class ViewLoader:
         plan = self.plan_of(epoch)
         params = self._draw(plan, epoch, index)
 
+        attempts: dict[int, int] = {}
+
         def replace(row: int, error: InputError) -> int:
-            index[row] = self._replacement(epoch, int(index[row]), error)
+            attempts[row] = attempts.get(row, 0) + 1
+            index[row] = self._replacement(epoch, int(index[row]), attempts[row], error)
             for mine, other in zip(params, self._draw(plan, epoch, index[row : row + 1]), strict=True):
                 mine.replace_row(row, other)
             return int(index[row])
@@ -195,11 +199,14 @@ class ViewLoader:
 
     def _draw(self, plan: Sequence[ViewSpec], epoch: int, index: np.ndarray) -> list[ViewParams]:
         heights, widths = self.files.heights[index], self.files.widths[index]
-        return draw(plan, seed=self.seed, epoch=epoch, index=index, heights=heights, widths=widths)
+        # An image has the same views in a subset as in the whole data set.
+        ids = self.files.ids[index] if isinstance(self.files, Subset) else index
+        return draw(plan, seed=self.seed, epoch=epoch, index=ids, heights=heights, widths=widths)
 
-    def _replacement(self, epoch: int, index: int, error: InputError) -> int:
-        """Another id for an image that cannot be read: the next in a chain of hashes of (seed, epoch, id)."""
-        other = int(counter_hash(self.seed, epoch, _REPLACEMENT, np.array([index], dtype=np.uint64))[0])
+    def _replacement(self, epoch: int, index: int, attempt: int, error: InputError) -> int:
+        """Another id for an image that cannot be read, by a hash of (seed, epoch, id, attempt)."""
+        key = np.array([index], dtype=np.uint64)
+        other = int(counter_hash(self.seed, epoch, _REPLACEMENT + attempt, key)[0])
         other %= len(self.files)
         if other == index:
             other = (index + 1) % len(self.files)
@@ -237,11 +244,11 @@ class ViewLoader:
         for spec, view, crop, out in zip(expand(plan), params, crops, buffers, strict=True):
             colour(crop.to(self.device, non_blocking=True), view, spec, out)
 
-        def on_device(values: np.ndarray) -> Tensor:
-            return torch.as_tensor(np.ascontiguousarray(values, dtype=np.int64), device=self.device)
-
-        label = on_device(self.files.labels[index])
-        return ViewBatch(named_views(plan, buffers), on_device(index), label, on_device(position), storage)
+        index_, label, position_ = (
+            on_device(np.ascontiguousarray(values, dtype=np.int64), self.device)
+            for values in (index, self.files.labels[index], position)
+        )
+        return ViewBatch(named_views(plan, buffers), index_, label, position_, storage)
 
 
 def available_cores() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,10 +19,14 @@ def _check_neighbours() -> None:
         places = [Path(p).resolve() for p in (spec.submodule_search_locations or [])] if spec else []
         if home / name not in places:
             found = places[0] if places else "nothing"
-            raise ImportError(
+            message = (
                 f"relssl needs its own package {name!r} at {home / name}, but Python finds {found}. "
                 f"Is there a folder called {name}/ in the working directory? Rename it, or run from another folder."
             )
+            if sys.argv[:1] == ["-m"]:  # `python -m relssl`: a sentence, no traceback
+                print(f"relssl: {message}", file=sys.stderr)
+                raise SystemExit(2)
+            raise ImportError(message)
 
 
 _check_neighbours()

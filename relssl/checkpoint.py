@@ -79,7 +79,10 @@ def save(folder: Path, saved: Saved, *, keep: int) -> Path:
         shutil.rmtree(work, ignore_errors=True)
         raise
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        (old / _COMPLETE).unlink()  # first: a removal that is cut short leaves nothing that looks whole
+    for rest in folder.iterdir():
+        if rest.name.startswith((_TEMPORARY, "update-")) and not _is_complete(rest):
+            shutil.rmtree(rest, ignore_errors=True)
     return target
 
 

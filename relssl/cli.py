@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.errors import ConfigError, RelsslError
+
+_arguments: list[str] = []  # of the command that runs, for the record
 
 app = typer.Typer(
     name="relssl",
@@ -53,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command; the exit code: 0 ok, 1 failed, 2 usage or config, 3 input refused, 128+n after signal n."""
+    _arguments[:] = arguments
     try:
         _refuse_planned(arguments)
         code = app(args=arguments, prog_name="relssl", standalone_mode=False)
@@ -68,9 +72,12 @@ def run(arguments: list[str]) -> int:
     except (typer.Abort, KeyboardInterrupt):
         _say_error("interrupted")
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, as after `relssl configs | head`
-        sys.stderr.close()
-        return 141
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as after `relssl configs | head`
+            sys.stderr.close()
+            return 141
+        _say_error(f"{error}; what was written before is kept")
+        return 1
 
 
 @app.command()
@@ -145,14 +152,16 @@ def configs(
     if copy is None:
         for name in list_recipes():
             typer.echo(name)
-        typer.echo("next: relssl configs --copy NAME, or relssl train NAME data.train=FILE.beton", err=True)
+        typer.echo(
+            "next: relssl configs --copy NAME, or relssl train NAME data.train=FILE.beton data.test=null", err=True
+        )
         return
     path = recipe_path(copy)
     target = Path(path.name)
     if target.exists() and not force:
         raise ConfigError(f"{target} exists; use --force to overwrite it")
     target.write_bytes(path.read_bytes())
-    typer.echo(f"{target} is a copy of {copy}\nnext: relssl train {target} data.train=FILE.beton")
+    typer.echo(f"{target} is a copy of {copy}\nnext: relssl train {target} data.train=FILE.beton data.test=null")
 
 
 @app.command()
@@ -229,7 +238,7 @@ def train(
     from relssl import dist
     from relssl.train import train as train_recipe
 
-    command = shlex.join(["relssl", *sys.argv[1:]])
+    command = command_line()
     code = 0
     for recipe, (place, _) in zip(recipes, runs, strict=True):
         code = train_recipe(recipe, place, resume=resume == "auto", command=command)
@@ -255,7 +264,7 @@ def eval_knn(
     from relssl.evaluate import evaluate_knn, open_weights
 
     chosen = open_weights(weights, random_init=random_init)
-    command = shlex.join(["relssl", *sys.argv[1:]])
+    command = command_line()
     entry = evaluate_knn(chosen, train, test, k=k, temperature=temperature, device=device, command=command)
     _show(entry, chosen.folder)
 
@@ -288,7 +297,7 @@ def eval_linear(
         options=options,
         seeds=None if seeds is None else _whole_numbers(seeds, "--seeds"),
         device=device,
-        command=shlex.join(["relssl", *sys.argv[1:]]),
+        command=command_line(),
     )
     _show(entry, chosen.folder)
 
@@ -361,6 +370,14 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def command_line() -> str:
+    """The command that runs, as it can be typed again."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and _arguments[:1] == ["train"]:
+        processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        return shlex.join(["torchrun", "--nproc_per_node", processes, "-m", "relssl.train", *_arguments[1:]])
+    return shlex.join(["relssl", *_arguments])
+
+
 def _after_training(recipe: Any, folder: Path) -> None:
     """The report, and what to type next."""
     from relssl.report import write_report
@@ -403,4 +420,5 @@ def _refuse_planned(arguments: list[str]) -> None:
 
 
 def _say_error(message: str) -> None:
-    typer.echo(f"relssl: {message}", err=True)
+    if message:
+        typer.echo(f"relssl: {message}", err=True)

@@ -118,6 +118,14 @@ class Schedule(Section):
     milestones: list[int] = Field(default_factory=list, description="epochs at which multistep multiplies by gamma")
     gamma: float = Field(0.1, gt=0)
 
+    @model_validator(mode="after")
+    def _complete(self) -> Schedule:
+        if self.name == "exponential" and self.final == 0:
+            raise ValueError("exponential falls geometrically to `final`, which must be above 0")
+        if self.name == "multistep" and not self.milestones:
+            raise ValueError("multistep needs milestones, the epochs at which the rate falls")
+        return self
+
 
 class Optim(Section):
     name: Literal["sgd", "adam", "adamw", "lars"] = "sgd"
@@ -205,6 +213,17 @@ class Recipe(Section):
         self.eval_spec()
         for values in self.eval.linear.plan or []:
             self.views.spec({"name": "train", **values})
+        if self.optim.schedule.warmup_epochs >= self.train.epochs and self.optim.schedule.name == "warmup_cosine":
+            raise ValueError(
+                f"optim.schedule.warmup_epochs {self.optim.schedule.warmup_epochs} leaves nothing of the "
+                f"{self.train.epochs} epochs"
+            )
+        splits = re.fullmatch(r"split\((\d+)\)", self.backbone.norm)
+        if splits and self.train.batch_size % int(splits[1]):
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} does not divide into the groups of backbone.norm: "
+                f"{self.backbone.norm}"
+            )
         if self.train.batch_size % self.train.num_micro:
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} is not a multiple of train.num_micro {self.train.num_micro}"
@@ -227,8 +246,10 @@ class Recipe(Section):
         config = load_method(str(self.method["name"])).Config
         return _validate(config, self.method, "method")
 
-    def check_method(self) -> None:
-        """Everything about the method that can be checked without data."""
+    def check(self) -> None:
+        """Everything that can be checked without data, down to building the method without memory."""
+        from relssl.build import check_buildable
+        from relssl.evaluators.linear import linear_protocol
         from relssl.methods import load_method
         from relssl.methods.base import check_views
 
@@ -245,6 +266,8 @@ class Recipe(Section):
                 "accumulation changes the result (batch statistics see one micro-batch at a time); "
                 "set train.accumulation: approximate to accept that, or train.num_micro: 1"
             )
+        linear_protocol(self.eval.linear.protocol, **self.eval.linear.options)
+        check_buildable(self)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
@@ -261,9 +284,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = read_yaml(path)
     for override in overrides:
         apply_override(values, override)
-    recipe = _validate(Recipe, values, str(path))
-    recipe.check_method()
+    recipe = recipe_from(values, str(path))
+    recipe.check()
     return recipe
+
+
+def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
+    """A recipe from a mapping; `where` is named in errors.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or range.
+    """
+    return _validate(Recipe, values, where)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

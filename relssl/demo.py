@@ -26,7 +26,7 @@ LOOK = {"scale": (0.6, 0.9), "contrast": 0.5}
 def run_demo(out: Path) -> int:
     """Convert, pre-train, evaluate against random initialisation, and report into `out`.
 
-    A demo that was interrupted goes on where it was; one that has ended shows its results again.
+    A demo that was interrupted goes on where it was; one that has ended is evaluated again.
     """
     start = perf_counter()
     out.mkdir(parents=True, exist_ok=True)
@@ -52,8 +52,8 @@ def run_demo(out: Path) -> int:
 top-1 in percent on {len(recipe.eval.linear.seeds)} probe seeds; the whole job took {duration(perf_counter() - start)}
 report: {report}
 
-next, with your own images (a folder; classes or not):
-  relssl convert /path/to/images images.beton
-  relssl views ressl/imagenet_resnet50 data.train=images.beton
-  relssl train ressl/imagenet_resnet50 data.train=images.beton --out runs/mine""")
+next, with a folder of your own images:
+  relssl convert /path/to/images images.beton --no-labels
+  relssl views ressl/imagenet_resnet50 data.train=images.beton data.test=null
+  relssl train ressl/imagenet_resnet50 data.train=images.beton data.test=null --out runs/mine""")
     return 0

@@ -23,12 +23,14 @@ def feature_loader(
     engine: str = "auto",
     workers: int | None = None,
     dtype: torch.dtype = torch.float32,
+    max_unreadable: float = 0.0,
 ) -> ViewLoader:
     """A loader of one un-augmented view of every image in file order, shared out among the ranks.
 
     Args:
         files: an open data set.
         batch_size: images per forward pass of a rank.
+        max_unreadable: share of the images that may be unreadable; none for a figure that is to be published.
     """
     world = dist.world_size()
     share = -(-len(files) // world)
@@ -44,7 +46,7 @@ def feature_loader(
         shuffle=False,
         dtype=dtype,
         workers=workers,
-        max_unreadable=0,  # a figure is about the whole data set or about none
+        max_unreadable=max_unreadable,
     )
 
 
@@ -60,14 +62,15 @@ def encode(
         progress: called with the number of images that this rank has done.
 
     Returns:
-        (N, D) float32 (float64 for a float64 backbone) and (N,) int64 on the CPU, in file order.
+        (N, D) float32 (float64 for a float64 backbone) and (N,) int64 on the CPU, in file order. Where the loader
+        tolerates unreadable images, their rows are NaN and their labels -1.
     """
     frozen = frozen_copy(backbone, loader.device)
     loader.set_position(0, 0)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     done = 0
     for part in feature_batches(frozen, loader):
-        parts.append(part)
+        parts.append(part if dist.world_size() > 1 else tuple(x.cpu() for x in part))
         done += len(part[1])
         if progress is not None:
             progress(done)
@@ -100,10 +103,8 @@ def _gather_in_file_order(features: Tensor, index: Tensor, label: Tensor, total:
     pieces = [dist.gather(_padded(x, longest - len(index))).cpu() for x in (features, index, label)]
     real = torch.cat([torch.arange(longest) < c for c in count])
     features, index, label = (piece[real] for piece in pieces)
-    out, labels = (
-        torch.empty((total, features.shape[1]), dtype=features.dtype),
-        torch.empty(total, dtype=torch.int64),
-    )
+    out = torch.full((total, features.shape[1]), torch.nan, dtype=features.dtype)
+    labels = torch.full((total,), -1, dtype=torch.int64)
     out[index], labels[index] = features, label
     return out, labels
 

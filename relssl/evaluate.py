@@ -101,9 +101,8 @@ def evaluate_knn(
         settings = weights.recipe.eval.knn
         k, temperature = k or settings.k, temperature or settings.temperature
         (train_x, train_y), (test_x, test_y) = task.features("train"), task.features("test")
-        scores = knn_accuracy(
-            train_x, train_y, test_x, test_y, k=k, temperature=temperature, num_classes=task.num_classes
-        )
+        on_device = [x.to(task.device) for x in (train_x, train_y, test_x, test_y)]
+        scores = knn_accuracy(*on_device, k=k, temperature=temperature, num_classes=task.num_classes)
         protocol = {"name": "weighted kNN", "k": k, "temperature": temperature}
         return task.write("knn", [scores["top1"]], [scores["top5"]], protocol, [], command)
 
@@ -276,6 +275,7 @@ class _Task:
                     recipe.eval_spec(),
                     batch_size=recipe.eval.batch_size,
                     device=self.device,
+                    engine=recipe.data.engine,
                     workers=recipe.data.workers,
                 )
             ) as loader:
@@ -302,6 +302,7 @@ class _Task:
             "protocol": protocol,
             "train": self.names["train"],
             "test": self.names["test"],
+            "data": [self.sets[name].content_hash for name in ("train", "test")],
             "num_train": len(self.sets["train"]),
             "num_test": len(self.sets["test"]),
             "backbone": recipe.backbone.name,

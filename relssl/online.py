@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipelines import beton
 from pipelines.errors import InputError
@@ -20,13 +20,14 @@ from relssl.evaluators.label_free import neighbours_of, rankme, uniformity
 
 _SHEET_QUERIES, _SHEET_NEIGHBOURS = 8, 6
 _UNIFORMITY_IMAGES = 2048
+_UNREADABLE = 0.01  # as in training
 
 
 class OnlineEvaluator:
     """Keeps its data open for the length of a run. Every rank must call `run`; all get the same numbers."""
 
     def __init__(self, recipe: Recipe, device: torch.device, dtype: torch.dtype):
-        self.recipe = recipe
+        self.recipe, self.device = recipe, device
         self.files: list[Any] = []
         self.loaders: list[ViewLoader] = []
         try:
@@ -34,6 +35,14 @@ class OnlineEvaluator:
         except BaseException:
             self.close()
             raise
+
+    def _features(self, encoder: nn.Module, which: int) -> tuple[Tensor, Tensor]:
+        """Features and labels, without the few images that could not be read."""
+        features, labels = encode(encoder, self.loaders[which])
+        unread = features.isnan().all(dim=1)
+        if 0 < int(unread.sum()) <= _UNREADABLE * len(features) + 1:
+            return features[~unread], labels[~unread]
+        return features, labels
 
     def _open(self, device: torch.device, dtype: torch.dtype) -> None:
         data, online = self.recipe.data, self.recipe.eval.online
@@ -50,20 +59,22 @@ class OnlineEvaluator:
 
     def run(self, encoder: nn.Module) -> list[dict[str, Any]]:
         """Records for metrics.jsonl, without update and epoch."""
-        features, labels = encode(encoder, self.loaders[0])
+        features, labels = self._features(encoder, 0)
         if not self.labelled:
             few = features[:: max(len(features) // _UNIFORMITY_IMAGES, 1)]  # its cost grows with the square
             return [{"evaluator": "rankme", "rankme": rankme(features), "uniformity": uniformity(few)}]
-        test_features, test_labels = encode(encoder, self.loaders[1])
+        test_features, test_labels = self._features(encoder, 1)
         knn = self.recipe.eval.knn
         k = min(knn.k, len(features))
-        scores = knn_accuracy(features, labels, test_features, test_labels, k=k, temperature=knn.temperature)
+        on_device = [x.to(self.device) for x in (features, labels, test_features, test_labels)]
+        scores = knn_accuracy(*on_device, k=k, temperature=knn.temperature)
         return [{"evaluator": "knn", **scores, "k": k, "rankme": rankme(features)}]
 
     def neighbour_sheet(self, encoder: nn.Module, out: Path) -> None:
         """Draw some images of the training data with their nearest neighbours."""
         features, _ = encode(encoder, self.loaders[0])
-        if dist.rank() != 0 or len(features) < 2:
+        unread = features.isnan().all(dim=1)
+        if dist.rank() != 0 or len(features) < 2 or unread.any():  # a picture of unreadable images is none
             return
         from relssl.pictures import neighbour_sheet
 
@@ -96,5 +107,7 @@ class OnlineEvaluator:
             batch_size=self.recipe.eval.batch_size,
             device=device,
             dtype=dtype,
+            engine=self.recipe.data.engine,
             workers=self.recipe.data.workers,
+            max_unreadable=_UNREADABLE,
         )

@@ -66,6 +66,13 @@ class Rate:
         self.last, self.images = now, 0
         return rate
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is no training: it does not count against the rate, but against the time left."""
+        start = perf_counter()
+        yield
+        self.last += perf_counter() - start
+
     def seconds_left(self, done: int) -> float:
         """`done` updates of the run are complete."""
         finished = max(done - self.first, 1)

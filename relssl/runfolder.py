@@ -11,11 +11,20 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import ConfigError, InputError
-from relssl.config import Recipe, parse_yaml
+from pipelines.errors import InputError
+from relssl.config import Recipe, read_yaml, recipe_from
 
 # Settings that may differ when a run is resumed: they do not touch a single number of the training.
-RESUMABLE = ("about", "data.workers", "train.log_every", "train.tensorboard", "train.checkpoint", "eval")
+RESUMABLE = (
+    "about",
+    "data.workers",
+    "data.test",
+    "data.probe",
+    "train.log_every",
+    "train.tensorboard",
+    "train.checkpoint",
+    "eval",
+)
 RESULTS_FORMAT = 1
 
 
@@ -57,22 +66,10 @@ class RunFolder:
         """
         if not self.config.is_file():
             raise InputError(f"{self.path} is not a run folder: it has no config.yaml")
-        return Recipe.model_validate(parse_yaml(self.config.read_text(encoding="utf-8"), str(self.config)))
+        return recipe_from(read_yaml(self.config), str(self.config))
 
-    def create(self, recipe: Recipe, command: str) -> None:
-        """Write config.yaml and env.json; on a resumed run, check that nothing that matters has changed.
-
-        Raises:
-            ConfigError: the folder holds a run with another configuration; the message names the keys.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        if self.config.is_file():
-            changed = changed_settings(self.recipe(), recipe)
-            if changed:
-                raise ConfigError(
-                    f"{self.path} was started with another configuration; a resumed run must be the same one. "
-                    f"Changed: {'; '.join(changed)}. Choose another folder with --out, or restore these settings."
-                )
+    def describe(self, recipe: Recipe, command: str) -> None:
+        """Write config.yaml and env.json."""
         write_atomically(self.config, recipe.to_yaml())
         write_atomically(self.path / "env.json", json.dumps({"command": command, **environment()}, indent=1))
 
@@ -91,17 +88,26 @@ class RunFolder:
                     continue
         return records
 
-    def forget_metrics_after(self, update: int) -> None:
-        """Drop records past a checkpoint: the resumed run writes them again."""
-        kept = [r for r in self.read_metrics() if r.get("update", 0) <= update]
+    def forget_metrics_after(self, update: int, *, evaluations_too: bool = False) -> None:
+        """Drop records past a checkpoint: the resumed run writes them again.
+
+        `evaluations_too` drops the evaluations at the checkpoint's own update as well.
+        """
+
+        def past(record: dict[str, Any]) -> bool:
+            at = record.get("update", 0)
+            return at > update or (evaluations_too and at == update and record.get("kind") == "eval")
+
+        kept = [record for record in self.read_metrics() if not past(record)]
         write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in kept))
 
     def add_result(self, entry: Mapping[str, Any]) -> None:
         """Put an entry into results.json; an earlier one of the same protocol, weights and data is replaced."""
 
         def key(e: Mapping[str, Any]) -> tuple[Any, ...]:
-            protocol = e.get("protocol", {}).get("name")
-            return (protocol, *(e.get(k) for k in ("evaluator", "weights", "train", "test", "epochs")))
+            return tuple(
+                e.get(k) for k in ("evaluator", "weights", "epochs", "protocol", "seeds", "train", "test", "data")
+            )
 
         entries = [e for e in read_results(self.path) if key(e) != key(entry)] + [dict(entry)]
         write_atomically(self.results, json.dumps({"format": RESULTS_FORMAT, "results": entries}, indent=1))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipelines import beton
+from pipelines.errors import InputError
 from pipelines.loader import ViewLoader
 from pipelines.subset import spread
 from pipelines.views import ViewSpec, expand
@@ -35,6 +36,7 @@ def draw_views(recipe: Recipe, out: Path, *, num_images: int = 8, epoch: int = 0
             engine=recipe.data.engine,
             seed=recipe.train.seed,
             shuffle=False,
+            max_unreadable=1.0,
         ) as loader:
             drawn = []
             for e in range(epoch, epoch + num_draws):
@@ -42,8 +44,9 @@ def draw_views(recipe: Recipe, out: Path, *, num_images: int = 8, epoch: int = 0
                 batch = next(iter(loader))
                 drawn.append(_columns(loader.plan_of(e), batch.views))
             rows = [
-                (_label(chosen, i), [chosen.decode(i), *[view[i] for view in columns]])
+                (_label(chosen, i), [original, *[view[i] for view in columns]])
                 for i in range(len(chosen))
+                if (original := _decoded(chosen, i)) is not None
                 for columns in drawn
             ]
             titles = ["original", *[spec.name for spec in expand(loader.plan_of(epoch))]]
@@ -66,6 +69,14 @@ def _columns(plan: Sequence[ViewSpec], views: dict[str, tuple[Tensor, ...]]) -> 
         pixels = (view.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
         columns.append(pixels.permute(0, 2, 3, 1).contiguous().numpy())
     return columns
+
+
+def _decoded(files: Any, index: int) -> np.ndarray | None:
+    """The original, or None for an image that cannot be read: its row is left out."""
+    try:
+        return np.asarray(files.decode(index))
+    except InputError:
+        return None
 
 
 def _label(files: Any, index: int) -> str:

@@ -15,46 +15,40 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import parse_flag_from_env
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from pipelines.batch import ViewBatch
-from pipelines.errors import ConfigError, RunError
+from pipelines.errors import ConfigError, InputError, MissingExtraError, RelsslError, RunError
 from pipelines.loader import ViewLoader
 from relssl import checkpoint, dist
+from relssl.build import build_method, make_optimizer, make_schedule
 from relssl.checkpoint import Position, Saved
-from relssl.config import Optim, Recipe
+from relssl.config import Recipe
 from relssl.dist import mix
 from relssl.encode import encode, feature_loader
-from relssl.methods import load_method
 from relssl.methods.base import DataInfo, Method, Step
-from relssl.nets import build_backbone, set_norm
 from relssl.online import OnlineEvaluator
-from relssl.optim import (
-    build_optimizer,
-    constant,
-    exponential,
-    multistep,
-    parameter_groups,
-    scale_lr,
-    warmup_cosine,
-)
 from relssl.progress import Rate, Stopwatch, duration
-from relssl.runfolder import RunFolder
+from relssl.runfolder import RunFolder, changed_settings
 from relssl.sheets import draw_views
 from relssl.weights import save_backbone
 
 log = logging.getLogger("relssl.train")
 
 EXIT_REQUEUE = 75
+_AGREE_EVERY = 5  # updates between agreements of several ranks to stop: launchers wait 30 s before they kill
 _ESTIMATE_UPDATES = 3  # the first warms up, the others are timed
 _ESTIMATE_FROM = 50  # shorter runs are over before an estimate would pay
 
@@ -75,21 +69,24 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, command: str = "re
         RunError: a loss that is not finite; the last checkpoint is from before.
     """
     AcceleratorState._reset_state()  # it would hold a second run in this process to the first one's precision
+    if recipe.train.tensorboard and find_spec("tensorboard") is None:
+        raise MissingExtraError("train.tensorboard needs TensorBoard: install the extra `track`, or set it to false")
+    # Accelerate reads this variable only in Accelerator itself, and the first state made decides on the processes.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     accelerator = Accelerator(
-        mixed_precision=_mixed_precision(recipe.train.precision),
+        mixed_precision=_mixed_precision(recipe.train.precision, state.device),
         log_with="tensorboard" if recipe.train.tensorboard else None,
         project_dir=str(out),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     folder = RunFolder(out)
-    with _on_main_first(accelerator):
-        _check_folder(folder, resume)
-        folder.create(recipe, command) if accelerator.is_main_process else None
-    with (
-        _LogFile(folder.log, accelerator.is_main_process),
-        StopSignals() as signals,
-        contextlib.closing(Trainer(recipe, folder, accelerator, resume)) as trainer,
-    ):
+    with contextlib.ExitStack() as stack:
+        _on_main(accelerator, lambda: stack.enter_context(_claimed(folder, recipe, resume)))
+        stack.enter_context(_LogFile(folder.log, accelerator.is_main_process))
+        signals = stack.enter_context(StopSignals())
+        trainer = stack.enter_context(contextlib.closing(Trainer(recipe, folder, accelerator, resume)))
+        if accelerator.is_main_process:
+            folder.describe(recipe, command)
         return trainer.run(signals)
 
 
@@ -151,7 +148,7 @@ class Trainer:
             for metrics in self._updates():
                 if self._is_report():
                     self._report(metrics)
-                if signals.agreed(self.device, at_report=self._is_report()):
+                if signals.agreed(self.device, due=self._is_report() or self.position.total % _AGREE_EVERY == 0):
                     self._save()
                     return self._stopped(signals)
             self._end_epoch(epoch)
@@ -202,13 +199,22 @@ class Trainer:
         online = self.recipe.eval.online
         last = done == self.recipe.train.epochs
         if self.online is not None and online is not None and (done % online.every_epochs == 0 or last):
-            with self.stopwatch.on_host("evaluate"):
-                for record in self.online.run(self.method.encoder):
-                    self._record({"kind": "eval", "update": self.position.total, "epoch": done, **record})
+            with self.stopwatch.on_host("evaluate"), self.rate.paused():
+                self._evaluate(done)
         self.position = Position(done, 0, self.position.total)
         every = self.recipe.train.checkpoint.every_epochs
         if last or (every is not None and done % every == 0):
             self._save()
+
+    def _evaluate(self, epoch: int) -> None:
+        assert self.online is not None
+        try:
+            records = self.online.run(self.method.encoder)
+        except (ConfigError, InputError) as error:  # a measure that cannot be had is no reason to lose the run
+            self._say(f"epoch {epoch}: not evaluated: {error}")
+            return
+        for record in records:
+            self._record({"kind": "eval", "update": self.position.total, "epoch": epoch, **record})
 
     def _finish(self) -> None:
         if self.is_main:
@@ -222,16 +228,39 @@ class Trainer:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Write a checkpoint on the main process; the others wait for it."""
-        if self.is_main:
-            saved = Saved(
-                self.method.state_dict(),
-                checkpoint.optimizer_tensors(self.optimizer, self.names),
-                self.position,
-                {"scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None},
-            )
-            checkpoint.save(self.folder.checkpoints, saved, keep=self.recipe.train.checkpoint.keep)
-        self.accelerator.wait_for_everyone()
+        """Write a checkpoint on the main process; the others wait for it.
+
+        Raises:
+            RunError: a parameter or buffer is not finite; the last good checkpoint stays.
+        """
+        with self.rate.paused():
+            self._check_state()
+            if self.is_main:
+                scaler = self.accelerator.scaler
+                saved = Saved(
+                    self.method.state_dict(),
+                    checkpoint.optimizer_tensors(self.optimizer, self.names),
+                    self.position,
+                    {"scaler": None if scaler is None else scaler.state_dict(), "data": self._data_identity()},
+                )
+                checkpoint.save(self.folder.checkpoints, saved, keep=self.recipe.train.checkpoint.keep)
+            self.accelerator.wait_for_everyone()
+
+    def _check_state(self) -> None:
+        tensors = [t for t in chain(self.method.parameters(), self.method.buffers()) if t.is_floating_point()]
+        finite = torch.stack([norm.float() for norm in torch._foreach_norm([t.detach() for t in tensors])]).isfinite()
+        if not bool(dist.gather(finite.all()).all()):
+            self._not_finite("the model's state is not finite")
+
+    def _not_finite(self, what: str) -> NoReturn:
+        found = checkpoint.list_checkpoints(self.folder.checkpoints)
+        raise RunError(
+            f"{what} at update {self.position.total}; expected finite numbers. The last checkpoint is "
+            f"{found[-1] if found else 'none'}. Lower optim.lr, lengthen the warm-up, or try train.precision=fp32"
+        )
+
+    def _data_identity(self) -> dict[str, Any]:
+        return {"images": len(self.loader.files), "hash": self.loader.files.content_hash}
 
     def _restore(self) -> Position:
         found = checkpoint.list_checkpoints(self.folder.checkpoints)
@@ -241,12 +270,20 @@ class Trainer:
                 self.folder.forget_metrics_after(-1)
             return Position()
         saved = checkpoint.load(found[-1])
+        if saved.extra["data"] != self._data_identity():
+            raise InputError(
+                f"{self.recipe.data.train} is not the data that {found[-1]} was trained on: expected "
+                f"{saved.extra['data']['images']} images with the same content, got {len(self.loader.files)}. "
+                "Restore the data, or start a new run with --out"
+            )
         checkpoint.load_model(self.method, saved.model, str(found[-1]))
         checkpoint.load_optimizer(self.optimizer, self.names, saved.optimizer)
         if self.accelerator.scaler is not None and saved.extra.get("scaler"):
             self.accelerator.scaler.load_state_dict(saved.extra["scaler"])
         if self.is_main:
-            self.folder.forget_metrics_after(saved.position.total)
+            # A checkpoint after an epoch's last update lies before the epoch's evaluation, which runs again.
+            whole_epoch = saved.position.update == self.per_epoch
+            self.folder.forget_metrics_after(saved.position.total, evaluations_too=whole_epoch)
         self.accelerator.wait_for_everyone()
         return saved.position
 
@@ -258,6 +295,8 @@ class Trainer:
                 batch_size=self.recipe.eval.batch_size,
                 device=self.device,
                 dtype=self.dtype,
+                engine=self.recipe.data.engine,
+                workers=self.recipe.data.workers,
             )
         ) as loader:
             return encode(self.method.encoder, loader)[0].float()
@@ -330,16 +369,11 @@ class Trainer:
         Raises:
             RunError: the loss is not finite.
         """
-        stacked = torch.stack([value.detach().double() for value in metrics.values()])
+        stacked = torch.stack([value.detach() for value in metrics.values()])
         stacked = dist.all_reduce_sum(stacked) / dist.world_size()
         values = dict(zip(metrics, stacked.tolist(), strict=True))
         if not math.isfinite(values["loss"]):
-            found = checkpoint.list_checkpoints(self.folder.checkpoints)
-            raise RunError(
-                f"the loss is {values['loss']} at update {self.position.total}; expected a finite number. "
-                f"The last checkpoint is {found[-1] if found else 'none'}. Lower optim.lr, lengthen the warm-up, or "
-                "try train.precision: fp32"
-            )
+            self._not_finite(f"the loss is {values['loss']}")
         return values
 
     def _record(self, record: dict[str, Any]) -> None:
@@ -436,52 +470,6 @@ def run_update(
     return totals
 
 
-def build_method(recipe: Recipe, data: DataInfo) -> Method:
-    """The method of a recipe with its initial weights, equal on every rank and for every world size."""
-    torch.manual_seed(mix(recipe.train.seed, "init"))
-    options = recipe.backbone.options
-    method = load_method(str(recipe.method["name"]))(
-        lambda: build_backbone(recipe.backbone.name, **options), recipe.method_config(), data
-    )
-    set_norm(method, recipe.backbone.norm, num_micro=recipe.train.num_micro)
-    return method
-
-
-def make_optimizer(optim: Optim, method: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a recipe over a method's trainable parameters."""
-    known: dict[str, dict[str, Any]] = {
-        "sgd": {"momentum": optim.momentum, "nesterov": optim.nesterov},
-        "lars": {"momentum": optim.momentum, "trust_coefficient": optim.trust_coefficient},
-        "adam": {"betas": optim.betas, "eps": optim.eps},
-        "adamw": {"betas": optim.betas, "eps": optim.eps},
-    }
-    options = known[optim.name]
-    return build_optimizer(
-        optim.name, parameter_groups(method, optim.weight_decay, optim.exclude), lr=optim.lr, **options
-    )
-
-
-def make_schedule(optim: Optim, per_epoch: int, total: int, global_batch: int) -> Callable[[int], float]:
-    """Update -> learning rate, for a recipe and a length of training in updates."""
-    base, final = (scale_lr(rate, global_batch, optim.lr_scaling) for rate in (optim.lr, optim.schedule.final))
-    schedule = optim.schedule
-    if schedule.name == "warmup_cosine":
-        return lambda update: warmup_cosine(
-            update,
-            base=base,
-            final=final,
-            warmup_steps=round(schedule.warmup_epochs * per_epoch),
-            total_steps=total,
-            inclusive_warmup=schedule.inclusive_warmup,
-        )
-    if schedule.name == "multistep":
-        milestones = [epoch * per_epoch for epoch in schedule.milestones]
-        return lambda update: multistep(update, base=base, milestones=milestones, gamma=schedule.gamma)
-    if schedule.name == "exponential":
-        return lambda update: exponential(update, base=base, final=final, total_steps=total)
-    return lambda update: constant(update, base=base)
-
-
 def data_info(recipe: Recipe, loader: ViewLoader) -> DataInfo:
     """What the method may know of the data."""
     labels = loader.files.labels
@@ -515,11 +503,11 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = number
 
-    def agreed(self, device: torch.device, *, at_report: bool) -> bool:
-        """Whether to stop now. Several ranks agree on it whenever metrics are reported, so that all stop together."""
+    def agreed(self, device: torch.device, *, due: bool) -> bool:
+        """Whether to stop now. Several ranks agree on it every few updates (when `due`), so that all stop together."""
         if dist.world_size() == 1:
             return self.received is not None
-        if not at_report:
+        if not due:
             return False
         number = int(dist.gather(torch.tensor([self.received or 0], device=device)).max())
         if number:
@@ -555,30 +543,67 @@ class _LogFile:
         self.handler.close()
 
 
-@contextlib.contextmanager
-def _on_main_first(accelerator: Accelerator) -> Iterator[None]:
-    """The main process goes through the block before the others do."""
-    if not accelerator.is_main_process:
-        accelerator.wait_for_everyone()
-    yield
+def _on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """Do something on the main process; when it is refused there, every process stops with the same code."""
+    error: RelsslError | None = None
     if accelerator.is_main_process:
-        accelerator.wait_for_everyone()
+        try:
+            action()
+        except RelsslError as refused:
+            error = refused
+    code = torch.tensor([0 if error is None else error.exit_code], device=accelerator.device)
+    code = dist.gather(code).max()
+    if error is not None:
+        raise error
+    if code:
+        silent = RelsslError("")  # the main process says why
+        silent.exit_code = int(code)
+        raise silent
 
 
-def _check_folder(folder: RunFolder, resume: bool) -> None:
-    started = folder.metrics.is_file() or checkpoint.list_checkpoints(folder.checkpoints)
-    if started and not resume:
-        raise ConfigError(
-            f"{folder.path} holds a run already; continue it with --resume auto, or choose another folder with --out"
-        )
+@contextlib.contextmanager
+def _claimed(folder: RunFolder, recipe: Recipe, resume: bool) -> Iterator[None]:
+    """Hold a run folder for this run alone.
+
+    Raises:
+        ConfigError: another process trains into it, it holds a run that is not to be resumed, or one with another
+            configuration.
+    """
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.path / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(f"another process is training into {folder.path}; choose another folder with --out") from None
+    try:
+        if folder.metrics.is_file() or checkpoint.list_checkpoints(folder.checkpoints):
+            if not resume:
+                raise ConfigError(
+                    f"{folder.path} holds a run already; continue it with --resume auto, or choose another folder "
+                    "with --out"
+                )
+            if changed := changed_settings(folder.recipe(), recipe):
+                raise ConfigError(
+                    f"{folder.path} was started with another configuration; a resumed run must be the same one. "
+                    f"Changed: {'; '.join(changed)}. Choose another folder with --out, or restore these settings."
+                )
+        yield
+    finally:
+        lock.release()
 
 
-def _mixed_precision(precision: str) -> str:
-    """Accelerate's name. `auto` is bfloat16 on GPUs that have it (compute capability 8.0 on), else float16."""
+def _mixed_precision(precision: str, device: torch.device) -> str:
+    """Accelerate's name. `auto` is bfloat16 on GPUs that have it (compute capability 8.0 on), else float16.
+
+    Raises:
+        ConfigError: float16 on a CPU, which has neither the speed nor a gradient scaler.
+    """
     if precision == "auto":
-        if not torch.cuda.is_available():
+        if device.type != "cuda":
             return "no"
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("train.precision=fp16 needs a GPU; on a CPU use fp32 or bf16")
     return precision if precision in ("bf16", "fp16") else "no"
 
 

@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from pipelines.errors import InputError
+from pipelines.errors import ConfigError, InputError
 from relssl.checkpoint import load_model
-from relssl.config import Recipe
+from relssl.config import Recipe, recipe_from
 from relssl.nets import build_backbone
 
 FORMAT = "relssl-backbone-1"
@@ -54,7 +54,10 @@ def load_backbone(path: Path) -> BackboneFile:
             f"{path} is not a backbone written by relssl (its header says {header.get('format', 'nothing')!r}); "
             "expected the backbone.safetensors of a run"
         )
-    recipe = Recipe.model_validate(json.loads(header["recipe"]))
+    try:
+        recipe = recipe_from(json.loads(header["recipe"]), f"the recipe in {path}")
+    except (KeyError, ValueError, ConfigError) as error:
+        raise InputError(f"the header of {path} is damaged: {error}") from None
     backbone = build_backbone(recipe.backbone.name, **recipe.backbone.options)
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
     backbone.to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,9 +27,10 @@ def relssl(capsys, *arguments):
     return code, out.out + out.err
 
 
-def process(*arguments, cwd=ROOT):
+def process(*arguments, cwd=ROOT, path=""):
     command = [sys.executable, "-m", "relssl", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    environment = {**os.environ, "PYTHONPATH": path} if path else None
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture
@@ -179,6 +181,51 @@ def test_eval_by_a_papers_protocol_trains_on_augmented_views(capsys, tmp_path, m
     assert (protocol["name"], protocol["lr"], protocol["augment"]) == ("ressl_small (changed)", 0.1, True)
 
 
+def test_other_settings_of_a_measure_stand_beside_it(capsys, tmp_path, monkeypatch):
+    recipe = tiny.write_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert relssl(capsys, "train", recipe, "--out", "run")[0] == 0
+    for k in (3, 9, 3):
+        assert relssl(capsys, "eval", "knn", "--weights", "run", "--k", k)[0] == 0
+    assert [r["protocol"]["k"] for r in read_results(Path("run"))] == [9, 3]
+    assert read_results(Path("run"))[0]["command"] == "relssl eval knn --weights run --k 9"
+
+
+def test_the_demos_advice_works_on_a_folder_of_classes(capsys, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert relssl(capsys, "convert", pictures, "images.beton", "--no-labels")[0] == 0
+    data = ["data.train=images.beton", "data.test=null"]
+    code, text = relssl(capsys, "views", "ressl/cifar10_resnet18", *data)
+    assert code == 0, text
+    small = ["train.epochs=6", "train.batch_size=16", "backbone={name: conv4}"]
+    code, text = relssl(capsys, "train", "ressl/cifar10_resnet18", *data, *small, "--out", "runs/mine")
+    assert code == 0, text
+    assert "rankme" in text
+
+
+def test_a_full_disk_is_a_sentence(capsys, tmp_path, monkeypatch):
+    recipe = tiny.write_recipe(tmp_path)
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("relssl.checkpoint.save_file", full)
+    code, text = relssl(capsys, "train", recipe, "--out", tmp_path / "run")
+    assert code == 1
+    assert "relssl: [Errno 28] No space left on device" in text
+
+
+def test_a_run_whose_config_was_edited_wrongly(capsys, tmp_path):
+    recipe = tiny.write_recipe(tmp_path)
+    assert relssl(capsys, "train", recipe, "--out", tmp_path / "run")[0] == 0
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("queue_size", "queue_sise"))
+    config.write_text(config.read_text().replace("optim:", "optimm:"))
+    code, text = relssl(capsys, "eval", "knn", "--weights", tmp_path / "run")
+    assert code == 2
+    assert "did you mean 'optim'" in text
+
+
 def test_evaluating_what_is_not_there(capsys, tmp_path):
     code, text = relssl(capsys, "eval", "knn", "--weights", tmp_path / "absent")
     assert code == 3
@@ -187,7 +234,8 @@ def test_evaluating_what_is_not_there(capsys, tmp_path):
     from relssl.config import load_recipe
     from relssl.runfolder import RunFolder
 
-    RunFolder(tmp_path / "run").create(load_recipe(recipe), "test")
+    (tmp_path / "run").mkdir()
+    RunFolder(tmp_path / "run").describe(load_recipe(recipe), "test")
     code, text = relssl(capsys, "eval", "knn", "--weights", tmp_path / "run")
     assert code == 3
     assert "neither a backbone nor a checkpoint yet" in text
@@ -258,12 +306,10 @@ def test_a_folder_called_pipelines_is_named(tmp_path):
     """A user's own folder may hide ours under `python -m relssl`."""
     (tmp_path / "pipelines").mkdir()
     (tmp_path / "pipelines" / "__init__.py").write_text("")
-    environment_path = f"import sys; sys.path.insert(1, {str(ROOT)!r}); import relssl"
-    done = subprocess.run(
-        [sys.executable, "-c", environment_path], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode != 0
+    done = process("doctor", cwd=tmp_path, path=str(ROOT))
+    assert done.returncode == 2
     assert "Is there a folder called pipelines/ in the working directory?" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_program_in_its_own_process(tmp_path):

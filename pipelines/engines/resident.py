@@ -6,9 +6,9 @@ images, and for many views of each image.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,15 +80,19 @@ class Engine:
 
 def _check_memory(shape: tuple[int, ...], device: torch.device) -> None:
     needed = int(np.prod(shape))
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
-    if needed > _MEMORY_SHARE * free:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if free is not None and needed > _MEMORY_SHARE * free:
         raise ConfigError(
             f"the resident engine would hold {shape[0]} images of up to {shape[1]}x{shape[2]} pixels, "
             f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {device}; "
             "set data.engine: torchvision"
         )
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping, the page cache included; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)

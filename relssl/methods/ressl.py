@@ -70,14 +70,15 @@ class Method(base.Method):
         with torch.no_grad():
             if step.micro == 0:
                 self._update_teacher()
-            k_BD, keys_GD = self._encode_keys(batch, step)
-            place_G = dist.gather(batch.position).sort().values
+            place_G, order = dist.gather(batch.position).sort()  # rank-major -> order of the global batch
+            k_BD, keys_GD = self._encode_keys(batch.views["teacher"][0], order, step)
         loss = relational_cross_entropy(
             q_VBD,
             k_BD,
             self.queue.keys,
             tau_student=self.config.tau_student,
             tau_teacher=self.config.tau_teacher,
+            normalised=True,
         )
         self._held.append((place_G, keys_GD))
         if step.is_last_micro:
@@ -90,15 +91,13 @@ class Method(base.Method):
         ema_update(self.teacher["encoder"], self.encoder, self.config.momentum)
         ema_update(self.teacher["head"], self.head, self.config.momentum)
 
-    def _encode_keys(self, batch: ViewBatch, step: base.Step) -> tuple[Tensor, Tensor]:
+    def _encode_keys(self, x: Tensor, order: Tensor, step: base.Step) -> tuple[Tensor, Tensor]:
         """Teacher embeddings of the local images (B, D), and of all ranks' images in global order (G, D).
 
         The permutation acts on the images of all ranks in the order of their places in the global batch, so which
         images share batch statistics does not depend on the number of ranks.
         """
-        (x,) = batch.views["teacher"]
         world, rank = dist.world_size(), dist.rank()
-        order = dist.gather(batch.position).argsort()  # rank-major -> global order
         if not self.config.shuffle:
             k_BD = self._teacher_embedding(x)
             return k_BD, dist.gather(k_BD)[order]

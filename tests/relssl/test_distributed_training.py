@@ -73,6 +73,30 @@ def test_two_processes_resume_to_the_same_end(tmp_path):
 @pytest.mark.slow
 def test_a_config_error_in_every_process_ends_with_its_code(tmp_path):
     recipe_file = tiny.write_recipe(tmp_path)
-    done = launch([str(recipe_file), "train.batch_size=15", "--out", str(tmp_path / "run")])
+    done = launch([str(recipe_file), "train.batch_size=15", "backbone.norm=local", "--out", str(tmp_path / "run")])
     assert done.returncode != 0
     assert "the global batch of 15 images does not divide into 2" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+
+
+@pytest.mark.slow
+def test_what_the_main_process_refuses_ends_all_with_one_sentence(tmp_path):
+    recipe_file = tiny.write_recipe(tmp_path)
+    train(load_recipe(recipe_file), tmp_path / "run")
+    done = launch([str(recipe_file), "--out", str(tmp_path / "run")])
+    assert done.returncode != 0
+    assert done.stderr.count("holds a run already") == 1
+    assert "ConfigError" not in done.stderr
+
+
+@pytest.mark.slow
+def test_accumulation_over_two_processes(tmp_path):
+    """Two processes with two micro-batches each equal one process with two, shuffle and all."""
+    recipe_file = tiny.write_recipe(tmp_path, backbone={"name": "conv4", "norm": "split(4)"})
+    more = ["train.precision=fp64", "train.num_micro=2", "train.accumulation=approximate"]
+    train(load_recipe(recipe_file, more), tmp_path / "one")
+    done = launch([str(recipe_file), *more, "--out", str(tmp_path / "two")])
+    assert done.returncode == 0, done.stderr
+    one, two = final_state(tmp_path / "one"), final_state(tmp_path / "two")
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=TOLERANCE, msg=lambda m, key=key: f"{key}: {m}")

@@ -52,6 +52,12 @@ def losses(out):
     return [(r["update"], r["loss"]) for r in RunFolder(out).read_metrics() if r["kind"] == "train"]
 
 
+def numbers(out):
+    """All metrics but the timings."""
+    timings = ("seconds", "images_per_second")
+    return [{k: v for k, v in r.items() if k not in timings} for r in RunFolder(out).read_metrics()]
+
+
 def test_a_run_leaves_what_it_promises(recipe_file, tmp_path):
     out = tmp_path / "run"
     assert run(recipe_file, out) == 0
@@ -90,10 +96,11 @@ class Killed(BaseException):
     """Ends a run as abruptly as a power cut would, as far as Python is concerned."""
 
 
-@pytest.mark.parametrize("after", [1, 2, 3, 5, 6, 8])
-def test_a_run_killed_anywhere_ends_as_one_that_was_not(recipe_file, tmp_path, monkeypatch, after):
-    """Checkpoints are written every second update and at the end of epochs (of three updates)."""
-    run(recipe_file, tmp_path / "whole")
+@pytest.mark.parametrize(("after", "every"), [(1, 2), (2, 2), (3, 3), (5, 2), (6, 3), (7, 3), (8, 2)])
+def test_a_run_killed_anywhere_ends_as_one_that_was_not(recipe_file, tmp_path, monkeypatch, after, every):
+    """Checkpoints are written every second or third update and at the end of epochs (of three updates)."""
+    every = f"train.checkpoint.every_updates={every}"
+    run(recipe_file, tmp_path / "whole", every)
     from relssl import train as module
 
     original, count = module.run_update, [0]
@@ -107,11 +114,11 @@ def test_a_run_killed_anywhere_ends_as_one_that_was_not(recipe_file, tmp_path, m
 
     monkeypatch.setattr(module, "run_update", dying)
     with pytest.raises(Killed):
-        run(recipe_file, tmp_path / "cut")
+        run(recipe_file, tmp_path / "cut", every)
     monkeypatch.setattr(module, "run_update", original)
-    run(recipe_file, tmp_path / "cut", resume=True)
+    run(recipe_file, tmp_path / "cut", every, resume=True)
     assert_equal_states(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
-    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert numbers(tmp_path / "whole") == numbers(tmp_path / "cut")
 
 
 def test_the_estimate_leaves_no_trace(recipe_file, tmp_path, monkeypatch):
@@ -181,7 +188,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(recipe_file, tmp_path, monke
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(recipe_file, tmp_path):
-    with pytest.raises(RunError, match=r"the loss is (nan|inf) at update \d+; expected a finite number"):
+    with pytest.raises(RunError, match=r"the loss is (nan|inf) at update \d+; expected finite numbers"):
         run(recipe_file, tmp_path / "run", "optim.lr=1e30", "optim.schedule.warmup_epochs=0", "eval.online=null")
 
 
@@ -215,12 +222,120 @@ def test_optimizers_and_schedules_resume(tmp_path, optimizer, schedule):
     assert_equal_states(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
 
 
-@pytest.mark.parametrize("override", ["train.precision=bf16", "train.clip_norm=0.1", "train.channels_last=true"])
-def test_settings_that_change_the_arithmetic_train(recipe_file, tmp_path, override):
+@pytest.mark.parametrize(
+    "override", ["train.precision=bf16", "train.clip_norm=0.1", "train.precision=fp64", "backbone.norm=local"]
+)
+def test_settings_that_change_the_arithmetic_do(recipe_file, tmp_path, override):
+    run(recipe_file, tmp_path / "plain", "eval.online=null")
     run(recipe_file, tmp_path / "run", override, "eval.online=null")
-    values = [loss for _, loss in losses(tmp_path / "run")]
-    assert len(values) == UPDATES
-    assert all(0 < value < 10 for value in values)
+    plain, values = ([loss for _, loss in losses(tmp_path / name)] for name in ("plain", "run"))
+    assert plain != values
+    assert plain == pytest.approx(values, rel=0.2)
+
+
+def test_channels_last_reaches_the_backbone(recipe_file, tmp_path, monkeypatch):
+    from relssl.methods.ressl import Method
+
+    orders = []
+    original = Method.forward
+
+    def watched(self, batch, step):
+        view, weight = batch.views["teacher"][0], self.encoder.layer2.conv.weight
+        orders.append([x.is_contiguous(memory_format=torch.channels_last) for x in (view, weight)])
+        return original(self, batch, step)
+
+    monkeypatch.setattr(Method, "forward", watched)
+    for wanted in (True, False):
+        orders.clear()
+        run(recipe_file, tmp_path / str(wanted), f"train.channels_last={str(wanted).lower()}", "eval.online=null")
+        assert orders == [[wanted, wanted]] * UPDATES
+
+
+def test_float16_on_a_cpu_is_refused(recipe_file, tmp_path):
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        run(recipe_file, tmp_path / "run", "train.precision=fp16")
+
+
+def test_a_skipped_step_does_not_reach_the_method(recipe_file):
+    """A gradient scaler skips steps with infinite gradients; `after_update` must not see them."""
+    from relssl.build import build_method, make_optimizer
+    from relssl.methods.base import DataInfo, Step
+    from relssl.train import run_update
+
+    recipe = load_recipe(recipe_file)
+    method = build_method(recipe, DataInfo(48, 2, 16, 9, 3))
+    calls = []
+    method.after_update = calls.append
+    views = {"teacher": (torch.randn(16, 3, 12, 12),), "student": (torch.randn(16, 3, 12, 12),)}
+    from pipelines.batch import ViewBatch
+
+    place = torch.arange(16)
+    optimizer = make_optimizer(recipe.optim, method)
+    for skipped, expected in ((True, 0), (False, 1)):
+        optimizer.step_was_skipped = skipped
+        batch = ViewBatch(views, place, place, place)
+        run_update(method, optimizer, [batch], Step(0, 0), schedule=lambda update: 0.1, num_images=16)
+        assert len(calls) == expected
+
+
+def test_a_mended_command_may_use_the_folder_of_one_that_was_refused(recipe_file, tmp_path):
+    for bad in ("data.train=absent.beton", "train.batch_size=64"):
+        with pytest.raises((ConfigError, InputError)):
+            run(recipe_file, tmp_path / "run", bad, "method.queue_size=64")
+    assert run(recipe_file, tmp_path / "run") == 0
+
+
+def test_a_folder_in_use_is_refused(recipe_file, tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(ConfigError, match="another process is training into"):
+        run(recipe_file, tmp_path / "run")
+
+
+def test_weights_that_are_not_finite_are_never_saved(recipe_file, tmp_path):
+    """With rare reports the loss is not looked at before a checkpoint is due."""
+    options = ["optim.lr=1e30", "optim.schedule.warmup_epochs=0", "train.log_every=1000", "eval.online=null"]
+    with pytest.raises(RunError, match="the model's state is not finite"):
+        run(recipe_file, tmp_path / "run", *options, "train.checkpoint.keep=1", "train.checkpoint.every_updates=null")
+    assert not checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_resuming_on_other_data_is_refused(recipe_file, tmp_path):
+    run(recipe_file, tmp_path / "run")
+    for path in (tmp_path / "train.beton", tmp_path / "train.beton.json"):
+        path.unlink()
+    tiny.write_data(tmp_path / "train.beton", seed=5)
+    with pytest.raises(InputError, match=r"is not the data that .* was trained on"):
+        run(recipe_file, tmp_path / "run", resume=True)
+
+
+def test_one_unreadable_image_does_not_end_a_run(recipe_file, tmp_path):
+    """Training replaces it, the online measure leaves it out, the pictures go without it."""
+    from pipelines import beton
+    from tests.pipelines.test_crop import smooth_images
+    from tests.pipelines.test_loader import damage, jpeg
+
+    path = tmp_path / "jpegs.beton"
+    images = smooth_images(48, 12, 12)
+    beton.write(path, ((jpeg(image), i % 2) for i, image in enumerate(images)), classes=tiny.CLASSES)
+    damage(path, [0])
+    assert run(recipe_file, tmp_path / "run", f"data.train={path}") == 0
+    records = RunFolder(tmp_path / "run").read_metrics()
+    assert records[-2]["unreadable_images"] == 1 or records[-1].get("unreadable_images") == 1
+    assert [r["epoch"] for r in records if r["kind"] == "eval"] == [2, 3]
+    assert (tmp_path / "run" / "views.png").is_file()
+
+
+def test_a_measure_that_cannot_be_had_does_not_end_a_run(recipe_file, tmp_path):
+    """Test labels of a class that the training data does not have."""
+    from pipelines import beton
+    from tests.pipelines.test_crop import smooth_images
+
+    beton.write(tmp_path / "one.beton", ((image, 0) for image in smooth_images(48, 12, 12)), classes=["only"])
+    data = [f"data.train={tmp_path / 'one.beton'}", f"data.test={tmp_path / 'one.beton'}"]
+    assert run(recipe_file, tmp_path / "run", *data) == 0
+    assert "not evaluated" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_clipping_bounds_the_step(recipe_file, tmp_path):
