@@ -5,6 +5,9 @@ Every message says what was expected, what came, and what to do. Anything that i
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class RelsslError(Exception):
     """Base of every error that is meant to be read by a user; `exit_code` is the status of the process."""
@@ -32,3 +35,11 @@ class InputError(RelsslError):
     """An input file, folder or image was refused: absent, empty, damaged, or not what it claims to be."""
 
     exit_code = 3
+
+
+def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
+    """The sentence for a name that does not exist: the nearest known one first, then all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"unknown {what}: {name!r}{hint} Known: {', '.join(known)}."

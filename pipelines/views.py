@@ -7,13 +7,12 @@ parameters, engines and `colour` carry them out.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, unknown_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -133,14 +132,6 @@ def view_counts(plan: Sequence[ViewSpec]) -> dict[str, int]:
     for spec in plan:
         counts[spec.name] = counts.get(spec.name, 0) + spec.count
     return counts
-
-
-def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
-    """The sentence for a name that does not exist: the nearest known one first, then all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what}: {name!r}{hint} Known: {', '.join(known)}."
 
 
 def _checked_box(box: Any, where: str) -> dict[str, dict[str, Any]]:

@@ -16,8 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipelines.engines import check_engine_name
-from pipelines.errors import ConfigError, InputError
-from pipelines.views import ViewSpec, unknown_name, view_counts
+from pipelines.errors import ConfigError, InputError, unknown_name
+from pipelines.views import ViewSpec, view_counts
 
 FORMAT = 1
 

@@ -6,7 +6,6 @@ the trainer writes it into every parameter group.  Nothing here keeps state exce
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, unknown_name
 
 
 class Lars(torch.optim.Optimizer):
@@ -163,11 +162,11 @@ def build_optimizer(
         ConfigError: an unknown name or option (the known ones are listed), or a value that is refused.
     """
     if name not in _OPTIMIZERS:
-        raise ConfigError(f"Unknown optimizer {name!r}. {_known(name, _OPTIMIZERS)}")
+        raise ConfigError(unknown_name("optimizer", name, _OPTIMIZERS))
     kind, defaults = _OPTIMIZERS[name]
     for option in options:
         if option not in defaults:
-            raise ConfigError(f"Unknown option {option!r} of optimizer {name!r}. {_known(option, defaults)}")
+            raise ConfigError(unknown_name(f"option of optimizer {name!r}", option, defaults))
     settings = {**defaults, **options}
     if "betas" in settings:
         settings["betas"] = tuple(settings["betas"])
@@ -175,12 +174,6 @@ def build_optimizer(
         return kind([dict(group) for group in groups], lr=lr, **settings)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise ConfigError(f"Optimizer {name!r} refused its settings lr={lr}, {settings}: {error}") from error
-
-
-def _known(wrong: str, names: Iterable[str]) -> str:
-    known = list(names)
-    nearest = difflib.get_close_matches(str(wrong), known, n=1)
-    return f"Known: {', '.join(known)}." + (f" Did you mean {nearest[0]!r}?" if nearest else "")
 
 
 def scale_lr(base: float, batch: int, rule: Literal["none", "linear", "sqrt"] = "none") -> float:

@@ -16,8 +16,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from pipelines.errors import ConfigError
-from pipelines.views import unknown_name
+from pipelines.errors import ConfigError, unknown_name
 
 ENGINES = ("resident", "torchvision")
 PLANNED_ENGINES = ("ffcv", "dali")

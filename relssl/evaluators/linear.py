@@ -18,7 +18,6 @@ test accuracy flatters the figure a little, so both epochs are always kept, and 
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -35,7 +34,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.errors import ConfigError, InputError, RunError
+from pipelines.errors import ConfigError, InputError, RunError, unknown_name
 from relssl.evaluators.features import check_features, check_labels, check_same_width, full_precision
 
 HEAD_FORMAT = 1
@@ -124,14 +123,11 @@ def linear_protocol(name: str, **overrides: Any) -> LinearProtocol:
         ConfigError: unknown name or setting (the nearest known one is named), or a value that cannot be.
     """
     if name not in PROTOCOLS:
-        raise ConfigError(f"unknown linear protocol {name!r}{_nearest(name, PROTOCOLS)}; known: {', '.join(PROTOCOLS)}")
+        raise ConfigError(unknown_name("linear protocol", name, PROTOCOLS))
     unknown = [key for key in overrides if key not in LinearProtocol.model_fields or key == "name"]
     if unknown:
         known = [field for field in LinearProtocol.model_fields if field != "name"]
-        raise ConfigError(
-            f"unknown setting {unknown[0]!r} of a linear protocol{_nearest(unknown[0], known)}; "
-            f"known: {', '.join(known)}"
-        )
+        raise ConfigError(unknown_name("setting of a linear protocol", unknown[0], known))
     original = LinearProtocol(name=name, **PROTOCOLS[name])
     try:
         changed = LinearProtocol(**{**original.model_dump(), **overrides})
@@ -142,11 +138,6 @@ def linear_protocol(name: str, **overrides: Any) -> LinearProtocol:
         )
         raise ConfigError(f"linear protocol {name}: {reasons}") from None
     return original if changed == original else changed.model_copy(update={"name": f"{name} (changed)"})
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 class CachedBatches:

@@ -6,8 +6,7 @@ import pkgutil
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from pipelines.errors import ConfigError
-from pipelines.views import unknown_name
+from pipelines.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
     from relssl.methods.base import Method

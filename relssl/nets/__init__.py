@@ -11,13 +11,12 @@ user may pass another:
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 
 from torch import nn
 
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, unknown_name
 from relssl.nets.conv4 import Conv4
 from relssl.nets.ema import ema_update, make_teacher
 from relssl.nets.heads import MLPHead
@@ -59,16 +58,10 @@ def build_backbone(name: str, **options: object) -> nn.Module:
             refuses.
     """
     if name not in BACKBONES:
-        raise ConfigError(f"Unknown backbone {name!r}. {_known(name, BACKBONES)}")
+        raise ConfigError(unknown_name("backbone", name, BACKBONES))
     builder = BACKBONES[name]
     known = inspect.signature(builder).parameters
     for option in options:
         if option not in known:
-            raise ConfigError(f"Unknown option {option!r} of backbone {name!r}. {_known(option, known)}")
+            raise ConfigError(unknown_name(f"option of backbone {name!r}", option, known))
     return builder(**options)
-
-
-def _known(wrong: str, names: object) -> str:
-    known = [str(name) for name in names]  # type: ignore[attr-defined]
-    nearest = difflib.get_close_matches(str(wrong), known, n=1)
-    return f"Known: {', '.join(known)}." + (f" Did you mean {nearest[0]!r}?" if nearest else "")

@@ -110,7 +110,7 @@ def test_recipes_carry_the_papers_numbers():
         ("optim.lr=-1", "optim.lr: .*greater than 0.*got -1"),
         ("backbone.norm=split", r"norm is local, sync or split\(n\), got 'split'"),
         ("backbone.name=resnet99", "resnet"),
-        ("backbone.widht=2", "Did you mean 'width'"),
+        ("backbone.widht=2", "did you mean 'width'"),
         ("backbone.norm=split(3)", r"does not divide into the groups of backbone.norm: split\(3\)"),
         ("method.queue_size=3", "smaller than the batch of 16"),
         ("eval.linear.protocol=ressl_smal", "did you mean 'ressl_small'"),

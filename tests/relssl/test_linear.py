@@ -252,7 +252,7 @@ def test_a_changed_protocol_says_so():
     ("name", "change", "message"),
     [
         ("resl_small", {}, "did you mean 'ressl_small'"),
-        ("cached", {"epoch": 3}, "unknown setting 'epoch'.*did you mean 'epochs'"),
+        ("cached", {"epoch": 3}, "unknown setting of a linear protocol: 'epoch'; did you mean 'epochs'"),
         ("cached", {"epochs": 0}, "epochs: .*got 0"),
         ("cached", {"lr": "fast"}, "lr: .*got 'fast'"),
         ("cached", {"momentum": 0.0, "nesterov": True}, "nesterov"),

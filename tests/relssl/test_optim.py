@@ -177,11 +177,11 @@ def test_build_optimizer():
 
 def test_build_optimizer_refuses():
     groups = parameter_groups(nn.Linear(2, 2), 0.1)
-    with pytest.raises(ConfigError, match=r"Unknown optimizer 'adan'\. Known: sgd, lars, adam, adamw\. Did you mean"):
+    with pytest.raises(ConfigError, match=r"unknown optimizer: 'adan'; did you mean .*Known: sgd, lars, adam, adamw"):
         build_optimizer("adan", groups, lr=0.1)
-    with pytest.raises(ConfigError, match=r"Unknown option 'momentun' of optimizer 'sgd'\. .* Did you mean 'momentum'"):
+    with pytest.raises(ConfigError, match=r"unknown option of optimizer 'sgd': 'momentun'; did you mean 'momentum'"):
         build_optimizer("sgd", groups, lr=0.1, momentun=0.9)
-    with pytest.raises(ConfigError, match="Unknown option 'momentum' of optimizer 'adam'"):
+    with pytest.raises(ConfigError, match="unknown option of optimizer 'adam': 'momentum'"):
         build_optimizer("adam", groups, lr=0.1, momentum=0.9)
     for name in ("sgd", "lars", "adam", "adamw"):
         with pytest.raises(ConfigError, match=f"Optimizer '{name}' refused its settings"):
