@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.errors import ConfigError, RelsslError
+from relssl import share_cores
 
 _arguments: list[str] = []  # of the command that runs, for the record
 
@@ -45,6 +46,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program; ends the process with its exit code."""
+    share_cores()
     arguments = list(sys.argv[1:] if argv is None else argv)
     code = run(arguments)
     if "torch" in sys.modules:
