@@ -21,12 +21,14 @@ UPDATES = 21  # 7 epochs of 3
 TOLERANCE = 1e-10  # float64; the order of summation differs
 
 
-def launch(arguments, processes=2):
-    """torchrun with CPU processes; `accelerate launch --cpu` would silently start one."""
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["-m", "relssl.train", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "relssl.train"]
+
+
+def launch(arguments):
+    """torchrun with two CPU processes; `accelerate launch --cpu` would silently start one."""
+    command = [*TORCHRUN, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
 
 
 def options(norm):
@@ -65,6 +67,30 @@ def test_two_processes_resume_to_the_same_end(tmp_path):
     resumed = launch([str(recipe_file), "--out", str(tmp_path / "cut"), "--resume", "auto"])
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming at epoch" in resumed.stderr
+    one, two = final_state(tmp_path / "whole"), final_state(tmp_path / "cut")
+    for key in one:
+        assert torch.equal(one[key], two[key]), key
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_at_a_signal_and_go_on(tmp_path):
+    recipe_file = tiny.write_recipe(tmp_path)
+    arguments = [str(recipe_file), "train.epochs=40", "eval.online=null", "--resume", "auto", "--out"]
+    whole = launch([*arguments, str(tmp_path / "whole")])
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        [*TORCHRUN, *arguments, str(tmp_path / "cut")],
+        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if "update 12/" in line:
+            process.terminate()
+            break
+    rest = process.communicate(timeout=120)[0]
+    assert "by SIGTERM; a checkpoint is written" in rest, rest
+    assert not (tmp_path / "cut" / "backbone.safetensors").exists()
+    resumed = launch([*arguments, str(tmp_path / "cut")])
+    assert resumed.returncode == 0, resumed.stderr
     one, two = final_state(tmp_path / "whole"), final_state(tmp_path / "cut")
     for key in one:
         assert torch.equal(one[key], two[key]), key
