@@ -25,7 +25,7 @@ help:  ## what there is
 	@echo "make test-fast   the tests of every day, under 3 minutes"
 	@echo "make lint        ruff and mypy"
 	@echo "make install     only the environment (.venv); then: . .venv/bin/activate"
-	@echo "make ffcv        add the optional FFCV engine, or try again"
+	@echo "make ffcv        add FFCV, which the tests read our files with, or try again"
 	@echo "make doctor      what this machine has and what is missing"
 	@echo "make clean       remove caches and build leftovers;  make distclean: also .venv"
 	@echo

@@ -34,7 +34,7 @@ class Verification:
             return [
                 *lines,
                 f"{report.path} is sound",
-                f"next: relssl views CONFIG --out views.png data.train={report.path}",
+                f"next: relssl views RECIPE --out views.png data.train={report.path}",
             ]
         lines += [f"  {problem}" for problem in report.problems[:_SHOWN]]
         if len(report.problems) > _SHOWN:

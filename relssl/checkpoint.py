@@ -57,7 +57,7 @@ def save(folder: Path, saved: Saved, *, keep: int) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"update-{saved.position.total:08d}"
-    if _is_complete(target):  # the same position again, as after a resume that had nothing left to do
+    if _is_whole(target):  # the same position again, as after a resume that had nothing left to do
         return target
     work = folder / f"{_TEMPORARY}{target.name}"
     shutil.rmtree(work, ignore_errors=True)
@@ -156,6 +156,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[int, str], t
         parameter = by_name[name]
         if value.shape == parameter.shape and value.dim():
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # the parameter's memory order
+        else:
+            value = value.clone()  # what was loaded is still mapped to the file
         optimizer.state[parameter][entry] = value
 
 
@@ -166,6 +168,14 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _is_complete(path: Path) -> bool:
     return (path / _COMPLETE).is_file()
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        load(path)
+    except InputError:
+        return False
+    return True
 
 
 def _sha256(path: Path) -> str:

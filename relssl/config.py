@@ -20,6 +20,8 @@ from pipelines.errors import ConfigError, InputError, unknown_name
 from pipelines.views import ViewSpec, view_counts
 
 FORMAT = 1
+# Overrides that leave a recipe the one that reproduces its paper's row.
+_LEAVES_THE_ROW = ("data.", "train.seed", "train.log_every", "train.tensorboard", "train.checkpoint", "eval.online")
 
 
 class Section(BaseModel):
@@ -213,10 +215,10 @@ class Recipe(Section):
         self.eval_spec()
         for values in self.eval.linear.plan or []:
             self.views.spec({"name": "train", **values})
-        if self.optim.schedule.warmup_epochs >= self.train.epochs and self.optim.schedule.name == "warmup_cosine":
+        if self.optim.schedule.warmup_epochs > self.train.epochs and self.optim.schedule.name == "warmup_cosine":
             raise ValueError(
-                f"optim.schedule.warmup_epochs {self.optim.schedule.warmup_epochs} leaves nothing of the "
-                f"{self.train.epochs} epochs"
+                f"optim.schedule.warmup_epochs {self.optim.schedule.warmup_epochs} is more than the "
+                f"{self.train.epochs} epochs; set optim.schedule.warmup_epochs to less"
             )
         splits = re.fullmatch(r"split\((\d+)\)", self.backbone.norm)
         if splits and self.train.batch_size % int(splits[1]):
@@ -284,6 +286,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = read_yaml(path)
     for override in overrides:
         apply_override(values, override)
+    if any(not override.startswith(_LEAVES_THE_ROW) for override in overrides):
+        about = values.get("about")
+        if isinstance(about, dict):  # a changed recipe no longer reproduces the paper's row
+            values["about"] = {key: value for key, value in about.items() if key != "paper"}
     recipe = recipe_from(values, str(path))
     recipe.check()
     return recipe

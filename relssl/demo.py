@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import sys
 from pathlib import Path
 from time import perf_counter
 
@@ -46,14 +48,15 @@ def run_demo(out: Path) -> int:
         evaluate_knn(weights, command="relssl demo")
         evaluate_linear(weights, command="relssl demo")
     report = write_report(run)
+    activate = "" if shutil.which("relssl") else f"\n  . {Path(sys.prefix) / 'bin' / 'activate'}"
     print()
     print(format_table(results_table(read_results(run))))
     print(f"""
 top-1 in percent on {len(recipe.eval.linear.seeds)} probe seeds; the whole job took {duration(perf_counter() - start)}
 report: {report}
 
-next, with a folder of your own images:
+next, with a folder of your own images:{activate}
   relssl convert /path/to/images images.beton --no-labels
-  relssl views ressl/imagenet_resnet50 data.train=images.beton data.test=null
+  relssl views ressl/imagenet_resnet50 data.train=images.beton data.test=null --out views.png
   relssl train ressl/imagenet_resnet50 data.train=images.beton data.test=null --out runs/mine""")
     return 0

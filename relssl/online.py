@@ -68,7 +68,8 @@ class OnlineEvaluator:
         k = min(knn.k, len(features))
         on_device = [x.to(self.device) for x in (features, labels, test_features, test_labels)]
         scores = knn_accuracy(*on_device, k=k, temperature=knn.temperature)
-        return [{"evaluator": "knn", **scores, "k": k, "rankme": rankme(features)}]
+        counts = {"num_train": len(features), "num_test": len(test_features)}
+        return [{"evaluator": "knn", **scores, "k": k, **counts, "rankme": rankme(features)}]
 
     def neighbour_sheet(self, encoder: nn.Module, out: Path) -> None:
         """Draw some images of the training data with their nearest neighbours."""

@@ -269,14 +269,14 @@ class Trainer:
             if self.is_main:
                 self.folder.forget_metrics_after(-1)
             return Position()
-        saved = checkpoint.load(found[-1])
+        path, saved = self._newest_readable(found)
         if saved.extra["data"] != self._data_identity():
             raise InputError(
-                f"{self.recipe.data.train} is not the data that {found[-1]} was trained on: expected "
+                f"{self.recipe.data.train} is not the data that {path} was trained on: expected "
                 f"{saved.extra['data']['images']} images with the same content, got {len(self.loader.files)}. "
                 "Restore the data, or start a new run with --out"
             )
-        checkpoint.load_model(self.method, saved.model, str(found[-1]))
+        checkpoint.load_model(self.method, saved.model, str(path))
         checkpoint.load_optimizer(self.optimizer, self.names, saved.optimizer)
         if self.accelerator.scaler is not None and saved.extra.get("scaler"):
             self.accelerator.scaler.load_state_dict(saved.extra["scaler"])
@@ -286,6 +286,15 @@ class Trainer:
             self.folder.forget_metrics_after(saved.position.total, evaluations_too=whole_epoch)
         self.accelerator.wait_for_everyone()
         return saved.position
+
+    def _newest_readable(self, found: list[Path]) -> tuple[Path, Saved]:
+        for path in reversed(found):
+            try:
+                return path, checkpoint.load(path)
+            except InputError as error:
+                problem = error
+                self._say(f"passing over a damaged checkpoint: {error}")
+        raise problem
 
     def _encode_train(self) -> Tensor:
         with contextlib.closing(
@@ -309,14 +318,30 @@ class Trainer:
             f"{recipe.method['name']} with {recipe.backbone.name} on {len(loader.files)} images: "
             f"{recipe.train.epochs} epochs of {self.per_epoch} updates of {recipe.train.batch_size} images, "
             f"on {self.accelerator.num_processes} process(es), {self.device}, "
-            f"{self.accelerator.mixed_precision if self.dtype == torch.float32 else 'fp64'}"
+            f"{self._precision()}"
         )
+        self._say_what_may_surprise()
         self._say(f"engine: {loader.engine_name} ({loader.engine_reason})")
         if self.position.total:
             self._say(f"resuming at epoch {self.position.epoch}, update {self.position.update} of {self.per_epoch}")
         left = self.total - self.position.total
         if left >= _ESTIMATE_FROM:
             self._say(f"estimated time: {duration(left * self._seconds_per_update())} for {left} updates")
+
+    def _precision(self) -> str:
+        if self.dtype == torch.float64:
+            return "fp64"
+        return "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
+
+    def _say_what_may_surprise(self) -> None:
+        images, used = len(self.loader.files), sum(self.loader.sizes)
+        if images - used > 0.05 * images:
+            self._say(f"note: {images - used} of {images} images are left out of each epoch; train.batch_size is large")
+        keys = self.recipe.method.get("queue_size", 0)
+        if keys > 4 * images:
+            self._say(
+                f"note: the queue of {keys} keys is {keys / images:.0f} times the data set; lower method.queue_size"
+            )
 
     def _seconds_per_update(self) -> float:
         """Time a few real updates, then put everything back as it was."""
@@ -385,7 +410,9 @@ class Trainer:
             self.accelerator.log({f"{record['kind']}/{k}": v for k, v in numbers.items()}, step=record["update"])
         if record["kind"] == "eval":
             shown = "  ".join(f"{k} {v:.2f}" for k, v in record.items() if isinstance(v, float))
-            self._say(f"epoch {record['epoch']}: {record['evaluator']}  {shown}")
+            name = "" if record["evaluator"] in record else f"{record['evaluator']}  "
+            images = f"  ({record['num_train']} images)" if "num_train" in record else ""
+            self._say(f"epoch {record['epoch']}: {name}{shown}{images}")
         else:
             left = duration(self.rate.seconds_left(self.position.total))
             self._say(

@@ -117,7 +117,7 @@ def test_recipes_carry_the_papers_numbers():
         ("eval.linear.options={lrr: 1}", "lrr"),
         ("optim.schedule.name=exponential", "must be above 0"),
         ("optim.schedule.name=multistep", "needs milestones"),
-        ("optim.schedule.warmup_epochs=3", "leaves nothing of the 3 epochs"),
+        ("optim.schedule.warmup_epochs=4", "more than the 3 epochs"),
         ("train.num_micro=3", "batch_size 16 is not a multiple of train.num_micro 3"),
         ("train.num_micro=2", "set train.accumulation: approximate"),
         ("train.drop_last=false", "set train.drop_last: true"),
@@ -134,6 +134,12 @@ def test_recipes_carry_the_papers_numbers():
 def test_what_cannot_be_is_refused_by_name(tmp_path, override, words):
     with pytest.raises(ConfigError, match=words):
         load_recipe(write(tmp_path), [override])
+
+
+def test_a_changed_recipe_loses_the_papers_row():
+    path = recipe_path("ressl/imagenet_resnet50")
+    assert load_recipe(path, ["data.train=x.beton", "train.seed=3"]).about.paper is not None
+    assert load_recipe(path, ["data.train=x.beton", "train.epochs=100"]).about.paper is None
 
 
 def test_absent_and_unreadable_files(tmp_path):

@@ -36,9 +36,9 @@ def run(recipe_file, out, *overrides, resume=False):
 
 def final_state(out):
     path = checkpoint.list_checkpoints(out / "checkpoints")[-1]
-    return {
-        **{f"model/{k}": v for k, v in load_file(path / "model.safetensors").items()},
-        **{f"optimizer/{k}": v for k, v in load_file(path / "optimizer.safetensors").items()},
+    return {  # clones: what is loaded stays mapped to the file
+        **{f"model/{k}": v.clone() for k, v in load_file(path / "model.safetensors").items()},
+        **{f"optimizer/{k}": v.clone() for k, v in load_file(path / "optimizer.safetensors").items()},
     }
 
 
@@ -152,13 +152,24 @@ def test_resuming_with_another_configuration_is_refused(recipe_file, tmp_path):
     run(recipe_file, tmp_path / "run", "train.log_every=2", "eval.online=null", resume=True)  # these do no harm
 
 
-def test_a_damaged_checkpoint_is_refused(recipe_file, tmp_path):
-    run(recipe_file, tmp_path / "run")
-    newest = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    file = newest / "model.safetensors"
+def damage_checkpoint(path):
+    file = path / "model.safetensors"
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
+
+
+def test_a_damaged_checkpoint_is_passed_over(recipe_file, tmp_path):
+    """The one before it is taken, and the run ends as if nothing had happened; with none left it is refused."""
+    run(recipe_file, tmp_path / "run")
+    whole = final_state(tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    damage_checkpoint(checkpoint.list_checkpoints(folder)[-1])
+    run(recipe_file, tmp_path / "run", resume=True)
+    assert "passing over a damaged checkpoint" in (tmp_path / "run" / "log.txt").read_text()
+    assert_equal_states(whole, final_state(tmp_path / "run"))
+    for path in checkpoint.list_checkpoints(folder):
+        damage_checkpoint(path)
     with pytest.raises(InputError, match="SHA-256 differs"):
         run(recipe_file, tmp_path / "run", resume=True)
 
