@@ -36,7 +36,7 @@ def run_demo(out: Path) -> int:
         file = out / f"digits-{split}.beton"
         if not file.exists():
             render = {**LOOK, "renderings": renderings}
-            log.info(convert_source("digits", file, split=split, render=render).text())
+            log.info(convert_source("digits", file, split=split, render=render).lines()[0])
     run = out / "run"
     data = [f"data.train={out / 'digits-train.beton'}", f"data.test={out / 'digits-test.beton'}"]
     recipe = load_recipe(recipe_path(RECIPE), data)

@@ -265,6 +265,11 @@ def test_no_pictures_of_other_peoples_data() -> None:
     assert {name for name in committed() if pictures.search(name)} == set(PICTURES)
 
 
+def test_the_documents_hold_no_placeholders() -> None:
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        assert not re.search(r"\b[A-Z]+_TABLE\b|\bTBD\b|\?\?\?", path.read_text()), path.name
+
+
 def test_no_file_tells_where_it_was_written() -> None:
     machines = r"/(wo" + r"rk|fa" + r"rm|root|Users|home/\w+)/"
     places = re.compile(machines + r"|\.lib" + r"rary\b|\bthis ses" + r"sion\b")
