@@ -35,6 +35,14 @@ def options(norm):
     return [f"backbone.norm={norm}", "train.precision=fp64", "train.epochs=7", "train.checkpoint.every_updates=null"]
 
 
+def assert_close_states(folder):
+    """The runs `one` and `two` ended with the same parameters, buffers and optimizer state."""
+    one, two = final_state(folder / "one"), final_state(folder / "two")
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=TOLERANCE, msg=lambda m, key=key: f"{key}: {m}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["sync", "split(2)"])
 def test_two_processes_equal_one(tmp_path, norm):
@@ -43,10 +51,7 @@ def test_two_processes_equal_one(tmp_path, norm):
     done = launch([str(recipe_file), *options(norm), "--out", str(tmp_path / "two")])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "on 2 process(es)" in done.stderr
-    one, two = final_state(tmp_path / "one"), final_state(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=0, atol=TOLERANCE, msg=lambda m, key=key: f"{key}: {m}")
+    assert_close_states(tmp_path)
     records = [RunFolder(tmp_path / name).read_metrics() for name in ("one", "two")]
     for a, b in zip(*records, strict=True):
         assert a["update"] == b["update"]
@@ -123,6 +128,4 @@ def test_accumulation_over_two_processes(tmp_path):
     train(load_recipe(recipe_file, more), tmp_path / "one")
     done = launch([str(recipe_file), *more, "--out", str(tmp_path / "two")])
     assert done.returncode == 0, done.stderr
-    one, two = final_state(tmp_path / "one"), final_state(tmp_path / "two")
-    for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=0, atol=TOLERANCE, msg=lambda m, key=key: f"{key}: {m}")
+    assert_close_states(tmp_path)
