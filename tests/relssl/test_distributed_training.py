@@ -14,7 +14,7 @@ from relssl.config import load_recipe
 from relssl.runfolder import RunFolder
 from relssl.train import train
 from tests.relssl import tiny
-from tests.relssl.test_train import final_state
+from tests.relssl.test_train import assert_equal_states, final_state
 
 ROOT = Path(__file__).resolve().parents[2]
 UPDATES = 21  # 7 epochs of 3
@@ -72,9 +72,7 @@ def test_two_processes_resume_to_the_same_end(tmp_path):
     resumed = launch([str(recipe_file), "--out", str(tmp_path / "cut"), "--resume", "auto"])
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming at epoch" in resumed.stderr
-    one, two = final_state(tmp_path / "whole"), final_state(tmp_path / "cut")
-    for key in one:
-        assert torch.equal(one[key], two[key]), key
+    assert_equal_states(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
 
 
 @pytest.mark.slow
@@ -96,9 +94,7 @@ def test_two_processes_stop_together_at_a_signal_and_go_on(tmp_path):
     assert not (tmp_path / "cut" / "backbone.safetensors").exists()
     resumed = launch([*arguments, str(tmp_path / "cut")])
     assert resumed.returncode == 0, resumed.stderr
-    one, two = final_state(tmp_path / "whole"), final_state(tmp_path / "cut")
-    for key in one:
-        assert torch.equal(one[key], two[key]), key
+    assert_equal_states(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
 
 
 @pytest.mark.slow
