@@ -289,6 +289,34 @@ def test_a_skipped_step_does_not_reach_the_method(recipe_file):
         assert len(calls) == expected
 
 
+def test_random_numbers_of_a_step_depend_on_its_place_alone(recipe_file, monkeypatch):
+    """Whatever drew from torch's global generator before, as a resumed run has not."""
+    from pipelines.batch import ViewBatch
+    from relssl.build import build_method, make_optimizer
+    from relssl.methods.base import DataInfo, Step
+    from relssl.methods.ressl import Method
+    from relssl.train import run_update
+
+    drawn = []
+    original = Method.forward
+
+    def drawing(self, batch, step):
+        drawn.append(torch.rand(3))
+        return original(self, batch, step)
+
+    monkeypatch.setattr(Method, "forward", drawing)
+    recipe = load_recipe(recipe_file)
+    method = build_method(recipe, DataInfo(48, 2, 16, 9, 3))
+    optimizer = make_optimizer(recipe.optim, method)
+    place, x = torch.arange(16), torch.randn(16, 3, 12, 12)
+    for update in (4, 4, 5):
+        torch.rand(7)
+        batch = ViewBatch({"teacher": (x,), "student": (x,)}, place, place, place)
+        run_update(method, optimizer, [batch], Step(update, 1), schedule=lambda update: 0.1, num_images=16)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
 def test_a_mended_command_may_use_the_folder_of_one_that_was_refused(recipe_file, tmp_path):
     for bad in ("data.train=absent.beton", "train.batch_size=64"):
         with pytest.raises((ConfigError, InputError)):
