@@ -9,7 +9,6 @@ the number of workers, and the memory does not depend on the number of images.
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -26,6 +25,7 @@ from dataset_tools.stats import ChannelStats, moments
 from pipelines import beton
 from pipelines.beton_write import check_target
 from pipelines.errors import ConfigError, InputError
+from pipelines.pool import available_cores
 
 FORMATS = ("auto", "folder", "list", "cifar10", "cifar100", "digits")
 _LISTED = 10_000  # so many skipped inputs are listed in the manifest; all are counted
@@ -251,11 +251,6 @@ def detect(source: str | Path) -> str:
         f"{source}: there is no such file or folder; expected a folder of images, a list, or one of:"
         f" {', '.join([*cifar.SPECS, 'digits'])}"
     )
-
-
-def available_cores() -> int:
-    """Cores this process may use: its affinity, where the system has such a thing."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _unknown(path: Path) -> str:

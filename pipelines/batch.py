@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipelines.views import ViewSpec, expand
+from pipelines.memory import Recycler
+from pipelines.views import ViewSpec, view_counts
 
 
 @dataclass(frozen=True)
@@ -47,37 +48,48 @@ class ViewBatch:
 
 
 def allocate(
-    plan: Sequence[ViewSpec], batch: int, device: torch.device, dtype: torch.dtype, *, channels_last: bool
+    plan: Sequence[ViewSpec],
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    channels_last: bool,
+    memory: Recycler | None = None,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Buffers for a batch: one (B, S, S, 3) per view in plan order, and the (V, B, S, S, 3) behind each name.
+    """Buffers for a batch: one (V, B, S, S, 3) per spec, and the (V, B, S, S, 3) behind each name.
 
-    Views of one name share a buffer where their sizes are equal; such names appear in the second result. Without
-    `channels_last` the same shapes lie in memory as planes.
+    Specs of one name share a buffer where their sizes are equal; such names appear in the second result. Without
+    `channels_last` the same shapes lie in memory as planes. `memory` provides for the CPU.
     """
 
-    def empty(*shape: int) -> Tensor:
-        if channels_last:
-            return torch.empty(shape, device=device, dtype=dtype)
-        return torch.empty((*shape[:-3], 3, *shape[-3:-1]), device=device, dtype=dtype).movedim(-3, -1)
+    def empty(views: int, size: int) -> Tensor:
+        shape = (views, batch, size, size, 3) if channels_last else (views, batch, 3, size, size)
+        if memory is not None and device.type == "cpu":
+            buffer = memory.empty(shape, dtype)
+        else:
+            buffer = torch.empty(shape, device=device, dtype=dtype)
+        return buffer if channels_last else buffer.movedim(-3, -1)
 
-    sizes: dict[str, list[int]] = {}
-    for spec in expand(plan):
-        sizes.setdefault(spec.name, []).append(spec.size)
-    storage = {name: empty(len(s), batch, s[0], s[0], 3) for name, s in sizes.items() if len(set(s)) == 1}
+    sizes: dict[str, set[int]] = {}
+    for spec in plan:
+        sizes.setdefault(spec.name, set()).add(spec.size)
+    counts = view_counts(plan)
+    storage = {name: empty(counts[name], s.pop()) for name, s in sizes.items() if len(s) == 1}
     taken = dict.fromkeys(sizes, 0)
     buffers = []
-    for spec in expand(plan):
+    for spec in plan:
         if spec.name in storage:
-            buffers.append(storage[spec.name][taken[spec.name]])
-            taken[spec.name] += 1
+            first = taken[spec.name]
+            buffers.append(storage[spec.name][first : first + spec.count])
+            taken[spec.name] += spec.count
         else:
-            buffers.append(empty(batch, spec.size, spec.size, 3))
+            buffers.append(empty(spec.count, spec.size))
     return buffers, storage
 
 
 def named_views(plan: Sequence[ViewSpec], buffers: Sequence[Tensor]) -> dict[str, tuple[Tensor, ...]]:
-    """(B, S, S, 3) buffers in plan order -> name -> tuple of (B, 3, S, S), a permuted view of the same memory."""
+    """(V, B, S, S, 3) buffers, one per spec -> name -> tuple of (B, 3, S, S), permuted views of the same memory."""
     views: dict[str, tuple[Tensor, ...]] = {}
-    for spec, buffer in zip(expand(plan), buffers, strict=True):
-        views[spec.name] = (*views.get(spec.name, ()), buffer.permute(0, 3, 1, 2))
+    for spec, buffer in zip(plan, buffers, strict=True):
+        views[spec.name] = (*views.get(spec.name, ()), *buffer.permute(0, 1, 4, 2, 3).unbind(0))
     return views

@@ -1,51 +1,118 @@
-"""Everything after the crop: jitter, grey, blur, solarise, normalise; in torch, batched, for every engine.
+"""Everything after the crop, for every engine: jitter, grey, blur, solarise, normalise.
 
-Each sample has its own parameters and its own order of the four jitter operations. Samples that take the same
-operation at the same moment are gathered, changed, and put back, so no work is done twice and nothing waits for the
-device: which samples take what is known on the host. Formulas are torchvision's float functionals; hue is the
-branch-free form derived in the data-path notes (no division, no HSV). Reductions run over one axis at a time, which
-keeps every image's bits independent of the batch it is in.
+Formulas are torchvision's float functionals, each sample with its own parameters and its own order of the jitter's
+operations. On the CPU compiled loops do the work, a range of images at a time, whichever thread asks (`kernels`). On
+an accelerator it is batched torch: samples that take a step together are gathered, changed and put back; which ones
+is known on the host, so nothing waits for the device, and all of it travels in two copies.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from pipelines import kernels
+from pipelines.crop import on_device
 from pipelines.draw import JITTER_OPS, OpParams, ViewParams
 from pipelines.views import ViewSpec
 
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision's rgb_to_grayscale
+HUE = JITTER_OPS.index("hue")
 
 
-def colour(crops: Tensor, params: ViewParams, spec: ViewSpec, out: Tensor) -> None:
-    """Turn 8-bit crops into a normalised view.
+def colour(
+    crops: Tensor, params: ViewParams, spec: ViewSpec, out: Tensor, start: int = 0, stop: int | None = None
+) -> None:
+    """Turn 8-bit crops into normalised views.
 
     Args:
-        crops: (B, S, S, 3) uint8 on the device.
-        params: what was drawn for this view.
+        crops: (V, B, S, S, 3) uint8, contiguous, on the device.
+        params: what was drawn for these views.
         spec: the view; its normalisation is applied last.
-        out: (B, S, S, 3) floating point on the same device, overwritten.
+        out: (V, B, S, S, 3) floating point on the same device, with pixels or planes contiguous in memory; on the CPU
+            rows start ... stop-1 of its second axis are overwritten, elsewhere all.
     """
-    planes = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255.0
-    for op in params.ops:
-        rows = np.flatnonzero(op.apply)
-        if len(rows):
-            _OPERATIONS[op.name](planes, op, rows)
-    if spec.normalize is not None:
-        mean, std = (_channels(tuple(values), planes.device) for values in spec.normalize)
-        planes = (planes - mean) / std
-    out.copy_(planes.permute(0, 2, 3, 1))
+    if crops.device.type == "cpu":
+        colour_cpu(crops, params, spec, out, start, crops.shape[1] if stop is None else stop)
+    else:
+        colour_torch(crops, params, spec, out)
 
 
-def on_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """A tensor of host values on a device. For CUDA through pinned memory, so that the copy waits for nothing."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+# -- CPU
+
+
+def colour_cpu(crops: Tensor, params: ViewParams, spec: ViewSpec, out: Tensor, start: int, stop: int) -> None:
+    """`colour` by compiled loops; releases the GIL, so ranges of rows may be done by threads."""
+    views, batch, size = crops.shape[:3]
+    planar = out.movedim(-1, 2).is_contiguous()
+    if not planar and not out.is_contiguous():
+        raise ValueError(f"out must have contiguous pixels or planes; got strides {out.stride()}")
+    rows = (out.movedim(-1, 2) if planar else out).reshape(views, batch, 3 * size * size)
+    scale, shift = _scale_and_shift(spec.normalize)
+    ops = params.ops
+    run = functools.partial(
+        kernels.colour_rows, crops.numpy(), _kinds(ops.names), ops.apply, ops.value, ops.order, scale, shift
+    )
+    if out.dtype == torch.float32:
+        run(rows.numpy(), planar, _scratch(size), start, stop)
+    elif out.dtype == torch.bfloat16:
+        run(rows.view(torch.uint16).numpy(), planar, _scratch(size), start, stop)
+    else:
+        exact = torch.empty((views, batch, 3 * size * size))
+        run(exact.numpy(), planar, _scratch(size), start, stop)
+        rows[:, start:stop] = exact[:, start:stop].to(out.dtype)
+
+
+_LOCAL = threading.local()
+
+
+def _scratch(size: int) -> np.ndarray:
+    """This thread's room for the planes of one view: kept, as fresh memory costs more than a view's colours."""
+    needed = 4 * size * size + 4 * size
+    held = getattr(_LOCAL, "scratch", None)
+    if held is None or len(held) < needed:
+        held = _LOCAL.scratch = np.empty(needed, np.float32)
+    return held
+
+
+@functools.lru_cache(maxsize=64)
+def _scale_and_shift(normalize: tuple[tuple[float, ...], tuple[float, ...]] | None) -> tuple[np.ndarray, np.ndarray]:
+    """(x - mean) / std as x * scale + shift."""
+    mean, std = np.array(normalize or ((0, 0, 0), (1, 1, 1)), dtype=np.float64)
+    return (1 / std).astype(np.float32), (-mean / std).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=64)
+def _kinds(names: tuple[str, ...]) -> np.ndarray:
+    return np.array([kernels.KINDS[name] for name in names], dtype=np.int64)
+
+
+# -- torch, any device
+
+Step = tuple[Callable[[Tensor, Tensor], Tensor], np.ndarray, np.ndarray]  # function, rows (n,), coefficients (n, 4)
+
+
+def colour_torch(crops: Tensor, params: ViewParams, spec: ViewSpec, out: Tensor) -> None:
+    """`colour` by batched torch operations."""
+    planes = crops.flatten(0, 1).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255.0
+    steps = [step for op in params.ops for step in _STEPS[op.name](op) if len(step[1])]
+    if steps:
+        lengths = [len(rows) for _, rows, _ in steps]
+        every_row = on_device(np.concatenate([rows for _, rows, _ in steps]), planes.device).split(lengths)
+        every_value = on_device(np.concatenate([values for _, _, values in steps]), planes.device).split(lengths)
+        for (function, _, _), rows, values in zip(steps, every_row, every_value, strict=True):
+            if len(rows) == len(planes):  # all of them, and in order
+                planes = function(planes, values)
+            else:
+                planes[rows] = function(planes[rows], values)
+    scale, shift = (_channels(tuple(values.tolist()), planes.device) for values in _scale_and_shift(spec.normalize))
+    planes = planes.mul_(scale).add_(shift).unflatten(0, crops.shape[:2])
+    out.copy_(planes.permute(0, 1, 3, 4, 2))
 
 
 @functools.lru_cache(maxsize=64)
@@ -53,19 +120,35 @@ def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
-def _jitter(planes: Tensor, op: OpParams, rows: np.ndarray) -> None:
-    """torchvision's ColorJitter: four operations, each sample in its own order. planes is changed in place."""
-    functions = (_brightness, _contrast, _saturation, _hue)
-    factors, order = op.values["factors"], op.values["order"]
-    for place in range(len(JITTER_OPS)):
-        for kind, function in enumerate(functions):
-            chosen = rows[order[rows, place] == kind]
-            neutral = 0.0 if JITTER_OPS[kind] == "hue" else 1.0
-            chosen = chosen[factors[chosen, kind] != neutral]
-            if len(chosen):
-                at = on_device(chosen, planes.device)
-                factor = on_device(factors[chosen, kind], planes.device).view(-1, 1, 1, 1)
-                planes[at] = function(planes[at], factor)
+def _jitter_steps(op: OpParams) -> list[Step]:
+    """torchvision's ColorJitter, each sample in its own order, in seven steps.
+
+    Brightness, contrast and saturation are one formula, x f + (1 - f) base, with base nothing, the mean of the luma,
+    or the luma. So a sample takes up to three such steps before its hue, then the hue, then the rest of them.
+    """
+    rows = np.flatnonzero(op.apply)
+    factors, order = op.value.reshape(-1, 4)[rows], op.order.reshape(-1, 4)[rows]
+    hue_at = (order == HUE).argmax(1)
+    linear_order = order[order != HUE].reshape(-1, 3)
+
+    def linear(place: int, mine: np.ndarray) -> Step:
+        kind = linear_order[mine, place]
+        f = factors[mine, kind]
+        values = np.stack([f, (1 - f) * (kind == 1), (1 - f) * (kind == 2), np.zeros_like(f)], axis=1)
+        return _linear, rows[mine], values.astype(np.float32)
+
+    before = [linear(place, np.flatnonzero(place < hue_at)) for place in range(3)]
+    after = [linear(place, np.flatnonzero(place >= hue_at)) for place in range(3)]
+    turned = np.flatnonzero(factors[:, HUE] != 0)
+    return [*before, (_hue, rows[turned], np.roll(factors[turned], 1, axis=1)), *after]
+
+
+def _one_step(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[OpParams], list[Step]]:
+    def steps(op: OpParams) -> list[Step]:
+        rows = np.flatnonzero(op.apply)
+        return [(function, rows, op.value.reshape(-1, 4)[rows])]
+
+    return steps
 
 
 def _luma(x: Tensor) -> Tensor:
@@ -73,21 +156,17 @@ def _luma(x: Tensor) -> Tensor:
     return (x[:, 0:1] * r + x[:, 1:2] * g) + x[:, 2:3] * b
 
 
-def _brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * factor).clamp_(max=1.0)
+def _linear(x: Tensor, values: Tensor) -> Tensor:
+    """x f + mean(luma) u + luma w, clipped. The mean is taken one axis at a time: its bits then do not depend on the
+    size of the batch."""
+    f, u, w = (values[:, i].view(-1, 1, 1, 1) for i in range(3))
+    luma = _luma(x)
+    base = luma.mean(-1, keepdim=True).mean(-2, keepdim=True) * u
+    return (x * f).add_(luma.mul_(w).add_(base)).clamp_(0.0, 1.0)
 
 
-def _contrast(x: Tensor, factor: Tensor) -> Tensor:
-    mean = _luma(x).mean(-1, keepdim=True).mean(-2, keepdim=True)
-    return (x * factor + mean * (1.0 - factor)).clamp_(0.0, 1.0)
-
-
-def _saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * factor + _luma(x) * (1.0 - factor)).clamp_(0.0, 1.0)
-
-
-def _hue(x: Tensor, factor: Tensor) -> Tensor:
-    """Rotate the hue by `factor` turns, in [-1/2, 1/2].
+def _hue(x: Tensor, values: Tensor) -> Tensor:
+    """Rotate the hue by values[:, 0] turns, in [-1/2, 1/2].
 
     With v = max, m = min, c = v - m, the hue in sixths times c is q (below), and each channel is m plus c times a
     clipped triangle wave of period 6c. Grey pixels (c = 0) come out as m without a special case.
@@ -97,7 +176,7 @@ def _hue(x: Tensor, factor: Tensor) -> Tensor:
     low = torch.minimum(torch.minimum(r, g), b)
     chroma = value - low
     q = torch.where(value == r, g - b, torch.where(value == g, (b - r) + 2 * chroma, (r - g) + 4 * chroma))
-    q = q + factor.view(-1, 1, 1) * 6.0 * chroma
+    q = q + values[:, 0].view(-1, 1, 1) * 6.0 * chroma
     period = 6.0 * chroma
 
     def channel(shift: float) -> Tensor:
@@ -108,38 +187,35 @@ def _hue(x: Tensor, factor: Tensor) -> Tensor:
     return torch.stack([channel(-3.0), channel(1.0), channel(-1.0)], dim=1)
 
 
-def _grey(planes: Tensor, op: OpParams, rows: np.ndarray) -> None:
-    at = on_device(rows, planes.device)
-    planes[at] = _luma(planes[at]).expand(-1, 3, -1, -1)
+def _grey(x: Tensor, values: Tensor) -> Tensor:
+    return _luma(x).repeat(1, 3, 1, 1)
 
 
-def _blur(planes: Tensor, op: OpParams, rows: np.ndarray) -> None:
-    """Separable Gaussian, reflected borders, as many taps as four sigmas need: samples of one radius go together."""
-    sigma = op.values["sigma"]
-    side = planes.shape[-1]
-    radius = np.minimum(np.ceil(4 * sigma[rows]).astype(np.int64), side - 1)
-    for r in np.unique(radius):
-        chosen = rows[radius == r]
-        at = on_device(chosen, planes.device)
-        planes[at] = _gaussian(planes[at], on_device(sigma[chosen], planes.device), int(r))
+def _blur(x: Tensor, values: Tensor) -> Tensor:
+    """Gaussian of standard deviation values[:, 0] pixels, reflected borders, as many taps as four sigmas need.
 
-
-def _gaussian(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    A blur along one axis is a matrix product, whatever the sigmas of the batch: entry (o, i) is the weight of pixel
+    i in output o, the pixels that borders reflect onto it included.
+    """
     side = x.shape[-1]
-    offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=torch.float32)
-    weight = torch.exp(-0.5 * (offsets / sigma.view(-1, 1)) ** 2)
-    weight = (weight / weight.sum(-1, keepdim=True)).view(len(x), -1, 1, 1, 1)
-    padded = F.pad(x, (radius, radius, 0, 0), mode="reflect")
-    x = sum((padded[..., d : d + side] * weight[:, d] for d in range(2 * radius + 1)), torch.zeros_like(x))
-    padded = F.pad(x, (0, 0, radius, radius), mode="reflect")
-    return sum((padded[..., d : d + side, :] * weight[:, d] for d in range(2 * radius + 1)), torch.zeros_like(x))
+    sigma = values[:, 0].view(-1, 1, 1)
+    radius = (4 * sigma).ceil().clamp(max=side - 1)
+    at = torch.arange(side, device=x.device, dtype=torch.float32)
+    out, into = at.view(-1, 1), at.view(1, -1)
+
+    def weight(distance: Tensor) -> Tensor:
+        return torch.exp(-0.5 * (distance / sigma) ** 2) * (distance.abs() <= radius)
+
+    matrix = weight(into - out)
+    matrix += weight(into + out) * (into > 0)
+    matrix += weight(2 * (side - 1) - into - out) * (into < side - 1)
+    matrix /= matrix.sum(-1, keepdim=True)
+    rows = torch.matmul(x.flatten(1, 2), matrix.transpose(1, 2)).view_as(x)
+    return torch.matmul(matrix.unsqueeze(1), rows)
 
 
-def _solarise(planes: Tensor, op: OpParams, rows: np.ndarray) -> None:
-    at = on_device(rows, planes.device)
-    threshold = on_device(op.values["threshold"][rows], planes.device).view(-1, 1, 1, 1)
-    chosen = planes[at]
-    planes[at] = torch.where(chosen >= threshold, 1.0 - chosen, chosen)
+def _solarise(x: Tensor, values: Tensor) -> Tensor:
+    return torch.where(x >= values[:, 0].view(-1, 1, 1, 1), 1.0 - x, x)
 
 
-_OPERATIONS = {"jitter": _jitter, "grey": _grey, "blur": _blur, "solarise": _solarise}
+_STEPS = {"jitter": _jitter_steps, "grey": _one_step(_grey), "blur": _one_step(_blur), "solarise": _one_step(_solarise)}

@@ -7,13 +7,14 @@ finaliser of SplitMix64 applied once per key; it is vectorised over samples.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines.views import ViewSpec, expand
+from pipelines.views import ViewSpec
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -30,19 +31,42 @@ JITTER_OPS = ("brightness", "contrast", "saturation", "hue")
 
 @dataclass
 class OpParams:
-    """One colour operation for a batch. `apply` (B,) bool; `values` name -> array with leading axis B."""
+    """One colour operation of a spec, as windows into the `PackedOps` of all of them.
+
+    Attributes:
+        name: key of `pipelines.views.OPS`.
+        apply: (V, B) bool.
+        value: (V, B, 4) float32: jitter's factors as in `JITTER_OPS`; blur's sigma or solarise's threshold in front.
+        order: (V, B, 4) uint8: which of `JITTER_OPS` comes first, second, ...
+    """
 
     name: str
     apply: np.ndarray
-    values: dict[str, np.ndarray] = field(default_factory=dict)
+    value: np.ndarray
+    order: np.ndarray
+
+
+@dataclass
+class PackedOps:
+    """The operations of a spec in their order: `names`, apply (V, B, O), value (V, B, O, 4), order (V, B, O, 4)."""
+
+    names: tuple[str, ...]
+    apply: np.ndarray
+    value: np.ndarray
+    order: np.ndarray
+
+    def __iter__(self) -> Iterator[OpParams]:
+        for i, name in enumerate(self.names):
+            yield OpParams(name, self.apply[:, :, i], self.value[:, :, i], self.order[:, :, i])
 
 
 @dataclass
 class ViewParams:
-    """What one view of each image of a batch looks like.
+    """What the V = `count` views of one spec look like for each of B images.
 
-    The crop reads `box` (B, 4) = top, left, height, width in source pixels, resizes it to `resized` (B, 2) and keeps
-    the square of `size` pixels at `offset` (B, 2); all int32. `flip` (B,) bool mirrors the result.
+    A crop reads `box` (V, B, 4) = top, left, height, width in source pixels, resizes it to `resized` (V, B, 2) and
+    keeps the square of `size` pixels at `offset` (V, B, 2); all int32. `flip` (V, B) bool mirrors the result. The
+    views of a spec lie in one array because kernels and draw cost least over many at once.
     """
 
     size: int
@@ -51,16 +75,18 @@ class ViewParams:
     resized: np.ndarray
     offset: np.ndarray
     flip: np.ndarray
-    ops: list[OpParams]
+    ops: PackedOps
+
+    @property
+    def count(self) -> int:
+        return self.box.shape[0]
 
     def replace_row(self, row: int, other: ViewParams) -> None:
         """Overwrite the parameters of image `row` with those of the only image of `other`."""
         for name in ("box", "resized", "offset", "flip"):
-            getattr(self, name)[row] = getattr(other, name)[0]
-        for mine, theirs in zip(self.ops, other.ops, strict=True):
-            mine.apply[row] = theirs.apply[0]
-            for key, value in mine.values.items():
-                value[row] = theirs.values[key][0]
+            getattr(self, name)[:, row] = getattr(other, name)[:, 0]
+        for name in ("apply", "value", "order"):
+            getattr(self.ops, name)[:, row] = getattr(other.ops, name)[:, 0]
 
 
 def draw(
@@ -81,21 +107,24 @@ def draw(
         heights, widths: (B,) sides of the stored images in pixels.
 
     Returns:
-        One `ViewParams` per view, in plan order.
+        One `ViewParams` per spec, in plan order, with the spec's `count` views in it.
     """
     index = np.asarray(index, dtype=np.uint64)
     heights, widths = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
-    return [
-        _draw_view(spec, Stream(counter_hash(seed, epoch, number, index)), heights, widths)
-        for number, spec in enumerate(expand(plan))
-    ]
+    drawn, number = [], 0
+    for spec in plan:
+        numbers = range(number, number + spec.count)
+        keys = np.concatenate([counter_hash(seed, epoch, n, index) for n in numbers])
+        drawn.append(_draw_views(spec, Stream(keys), np.tile(heights, spec.count), np.tile(widths, spec.count)))
+        number += spec.count
+    return drawn
 
 
 def counter_hash(seed: int, epoch: int, number: int, index: np.ndarray) -> np.ndarray:
     """uint64 hash of three whole numbers and an array of sample ids (uint64); the shape is that of `index`."""
     key = 0
     for part in (seed, epoch, number):
-        key = int(_finalise(np.array([(key ^ (part & _MASK)) + _GOLDEN & _MASK], dtype=np.uint64))[0])
+        key = _finalise_integer((key ^ (part & _MASK)) + _GOLDEN & _MASK)
     with np.errstate(over="ignore"):
         return _finalise(_finalise(index + np.uint64(_GOLDEN)) ^ np.uint64(key))
 
@@ -124,7 +153,14 @@ def _finalise(z: np.ndarray) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
-def _draw_view(spec: ViewSpec, stream: Stream, heights: np.ndarray, widths: np.ndarray) -> ViewParams:
+def _finalise_integer(z: int) -> int:
+    """`_finalise` of one Python integer: without an array's overhead, which counts once per view."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
+    return z ^ (z >> 31)
+
+
+def _draw_views(spec: ViewSpec, stream: Stream, heights: np.ndarray, widths: np.ndarray) -> ViewParams:
     resized = np.full((len(heights), 2), spec.size, dtype=np.int64)
     offset = np.zeros_like(resized)
     box = np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], axis=1)
@@ -132,18 +168,22 @@ def _draw_view(spec: ViewSpec, stream: Stream, heights: np.ndarray, widths: np.n
         box = _random_resized(stream, heights, widths, spec.box_options["scale"], spec.box_options["ratio"])
     elif spec.box_kind == "center":
         resized, offset = _resize_then_center(heights, widths, spec.box_options["resize"], spec.size)
+    ops = _draw_ops(spec.ops, stream)
+    by_view = functools.partial(_by_view, spec.count)
     return ViewParams(
         size=spec.size,
         interpolation=spec.interpolation,
-        box=box.astype(np.int32),
-        resized=resized.astype(np.int32),
-        offset=offset.astype(np.int32),
-        flip=stream.uniform(_FLIP_SLOT) < spec.flip,
-        ops=[
-            _draw_op(name, p, options, stream, _FIRST_OP_SLOT + _SLOTS_PER_OP * i)
-            for i, (name, p, options) in enumerate(spec.ops)
-        ],
+        box=by_view(box.astype(np.int32)),
+        resized=by_view(resized.astype(np.int32)),
+        offset=by_view(offset.astype(np.int32)),
+        flip=by_view(stream.uniform(_FLIP_SLOT) < spec.flip),
+        ops=PackedOps(ops.names, by_view(ops.apply), by_view(ops.value), by_view(ops.order)),
     )
+
+
+def _by_view(count: int, flat: np.ndarray) -> np.ndarray:
+    """Split the leading axis V*B into (V, B)."""
+    return flat.reshape(count, len(flat) // count, *flat.shape[1:])
 
 
 def _random_resized(
@@ -191,22 +231,27 @@ def _resize_then_center(
     return resized, np.rint((resized - size) / 2.0).astype(np.int64)
 
 
-def _draw_op(name: str, probability: float, options: dict, stream: Stream, slot: int) -> OpParams:
-    apply = stream.uniform(slot) < probability
-    if name == "jitter":
-        factors = []
-        for i, op in enumerate(JITTER_OPS):
-            strength = options[op]
-            low, high = (-strength, strength) if op == "hue" else (max(0.0, 1.0 - strength), 1.0 + strength)
-            factors.append(stream.uniform(slot + 1 + i, low, high))
-        order = np.argsort(np.stack([stream.uniform(slot + 5 + i) for i in range(4)], axis=1), axis=1)
-        values: dict[str, np.ndarray] = {
-            "factors": np.stack(factors, axis=1).astype(np.float32),
-            "order": order.astype(np.int64),
-        }
-        return OpParams(name, apply, values)
-    if name == "blur":
-        return OpParams(name, apply, {"sigma": stream.uniform(slot + 1, *options["sigma"]).astype(np.float32)})
-    if name == "solarise":
-        return OpParams(name, apply, {"threshold": np.full(len(apply), options["threshold"], dtype=np.float32)})
-    return OpParams(name, apply)
+def _draw_ops(ops: Sequence[tuple[str, float, dict]], stream: Stream) -> PackedOps:
+    """Leading axis V*B, still flat."""
+    n = len(stream.keys)
+    packed = PackedOps(
+        names=tuple(name for name, _, _ in ops),
+        apply=np.zeros((n, len(ops)), dtype=bool),
+        value=np.zeros((n, len(ops), 4), dtype=np.float32),
+        order=np.zeros((n, len(ops), 4), dtype=np.uint8),
+    )
+    for i, (name, probability, options) in enumerate(ops):
+        slot = _FIRST_OP_SLOT + _SLOTS_PER_OP * i
+        packed.apply[:, i] = stream.uniform(slot) < probability
+        value = packed.value[:, i]
+        if name == "jitter":
+            for j, op in enumerate(JITTER_OPS):
+                strength = options[op]
+                low, high = (-strength, strength) if op == "hue" else (max(0.0, 1.0 - strength), 1.0 + strength)
+                value[:, j] = stream.uniform(slot + 1 + j, low, high)
+            packed.order[:, i] = np.argsort(np.stack([stream.uniform(slot + 5 + j) for j in range(4)], axis=1), axis=1)
+        elif name == "blur":
+            value[:, 0] = stream.uniform(slot + 1, *options["sigma"])
+        elif name == "solarise":
+            value[:, 0] = options["threshold"]
+    return packed

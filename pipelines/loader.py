@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,22 @@ from torch import Tensor
 
 from pipelines import beton
 from pipelines.batch import ViewBatch, allocate, named_views
-from pipelines.colour import colour, on_device
+from pipelines.colour import colour
+from pipelines.crop import on_device
 from pipelines.draw import ViewParams, counter_hash, draw
 from pipelines.engines import choose_engine, engine_class
 from pipelines.errors import ConfigError, InputError, RunError
+from pipelines.memory import Recycler
 from pipelines.order import batch_sizes, local_positions, permutation
+from pipelines.pool import Pool, default_workers
 from pipelines.subset import Subset
-from pipelines.views import ViewSpec, expand
+from pipelines.views import ViewSpec
 
 log = logging.getLogger("relssl.loader")
 
 _REPLACEMENT = 0x7265706C  # keeps the numbers that choose a replacement apart from the views' numbers
 _AHEAD = 3  # batches in the making while one is used
+_FEEDERS = 2  # while the threads of the pool finish one batch, the next is drawn and begun
 
 Phase = tuple[int | None, Sequence[ViewSpec]]
 
@@ -42,13 +46,15 @@ class ViewLoader:
         phases: `(until_epoch, plan)` pairs: the plan holds for epochs below `until_epoch`; the last has None.
         global_batch: images per update over all ranks and micro-batches.
         num_micro: micro-batches per update (gradient accumulation).
-        engine: `auto`, `resident` or `torchvision`.
+        engine: `auto`, or one of `pipelines.engines.ENGINES`.
+        resize: `antialias`, or `area` for the ffcv engine.
         device: where the views are wanted.
         seed, rank, world_size: keys of order and draw; the views of a sample do not depend on the last two.
         drop_last: leave out the last, smaller global batch of an epoch.
         dtype: of the views.
         channels_last: memory order of the views; planes when False.
-        workers: decoding threads; all cores that this process may use when None.
+        workers: threads for decoding, crops and colour; when None, this process's share of the
+            cores it may use.
         max_unreadable: share of the data set that may be unreadable before the run stops.
         shuffle: False keeps file order and every image (feature extraction); a rank whose share of the last batch is
             empty gets no batch for it.
@@ -69,6 +75,7 @@ class ViewLoader:
         global_batch: int,
         num_micro: int = 1,
         engine: str = "auto",
+        resize: str = "antialias",
         device: torch.device | str = "cpu",
         seed: int = 0,
         rank: int = 0,
@@ -99,18 +106,24 @@ class ViewLoader:
                 shares=world_size * num_micro,
                 least_share=2 if shuffle else 0,
             )
-            self.engine_name, self.engine_reason = choose_engine(engine, self.files)
+            workers = default_workers() if workers is None else workers
+            self.engine_name, self.engine_reason = choose_engine(engine, self.files, self.device, workers)
             make_engine = engine_class(self.engine_name)
             for _, plan in self.phases:
                 for spec in plan:
-                    make_engine.check(spec)
-            workers = available_cores() if workers is None else workers
-            self.engine = make_engine(self.files, device=self.device, workers=workers)
+                    make_engine.check(spec, resize)
+            self.pool = Pool(workers)
+            try:
+                self.engine = make_engine(self.files, device=self.device, pool=self.pool, resize=resize)
+            except BaseException:
+                self.pool.close()
+                raise
         except BaseException:
             if self._owns_files:
                 self.files.close()
             raise
-        self._feeder = ThreadPoolExecutor(1, thread_name_prefix="relssl-feed") if self.engine.ASYNC else None
+        self._memory = Recycler()
+        self._feeder = ThreadPoolExecutor(_FEEDERS, thread_name_prefix="relssl-feed") if self.engine.ASYNC else None
 
     @property
     def updates_per_epoch(self) -> int:
@@ -145,16 +158,16 @@ class ViewLoader:
         )
         if self._feeder is None:
             for update, micro in jobs:
-                yield self._to_device(*self._crops(epoch, order, update, micro))
+                yield self._finish(self._prepare(epoch, order, update, micro))
             return
         waiting: deque[Future] = deque()
         try:
             for update, micro in jobs:
                 waiting.append(self._feeder.submit(self._prepare, epoch, order, update, micro))
                 if len(waiting) > _AHEAD:
-                    yield self._finish(waiting.popleft())
+                    yield self._finish(waiting.popleft().result())
             while waiting:
-                yield self._finish(waiting.popleft())
+                yield self._finish(waiting.popleft().result())
         finally:
             for job in waiting:  # an abandoned epoch leaves no work behind
                 job.cancel()
@@ -164,6 +177,8 @@ class ViewLoader:
         if self._feeder is not None:
             self._feeder.shutdown(wait=True, cancel_futures=True)
         self.engine.close()
+        self.pool.close()
+        self._memory.clear()
         if self._owns_files:
             self.files.close()
 
@@ -173,9 +188,8 @@ class ViewLoader:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _crops(
-        self, epoch: int, order: np.ndarray, update: int, micro: int
-    ) -> tuple[Sequence[ViewSpec], np.ndarray, np.ndarray, list[ViewParams], list[Tensor]]:
+    def _prepare(self, epoch: int, order: np.ndarray, update: int, micro: int) -> _Prepared:
+        """What may run ahead of the consumer: all of it on the CPU, up to the colour work on an accelerator."""
         start = update * self.global_batch
         images = order[start : start + self.sizes[update]]
         position = local_positions(
@@ -194,8 +208,35 @@ class ViewLoader:
                 mine.replace_row(row, other)
             return int(index[row])
 
-        crops = self.engine.crops(index, params, replace)
-        return plan, index, position, params, crops
+        if self.device.type != "cpu":
+            crops = self.engine.crops(index.copy(), params, replace)
+            return _Prepared(plan, index, position, params, crops, None)
+        made = self._allocate(plan, len(index))
+
+        def finish(crops: list[Tensor], start: int, stop: int) -> None:
+            for spec, view, crop, out in zip(plan, params, crops, made[0], strict=True):
+                colour(crop, view, spec, out, start, stop)
+
+        self.engine.crops(index.copy(), params, replace, finish)
+        return _Prepared(plan, index, position, params, [], made)
+
+    def _finish(self, prepared: _Prepared) -> ViewBatch:
+        """On an accelerator, the colour work; the rest of a batch."""
+        plan = prepared.plan
+        made = prepared.made
+        if made is None:
+            made = self._allocate(plan, len(prepared.index))
+            for spec, view, crop, out in zip(plan, prepared.params, prepared.crops, made[0], strict=True):
+                colour(crop.to(self.device, non_blocking=True), view, spec, out)
+        buffers, storage = made
+        index, label, position = (
+            on_device(np.ascontiguousarray(values, dtype=np.int64), self.device)
+            for values in (prepared.index, self.files.labels[prepared.index], prepared.position)
+        )
+        return ViewBatch(named_views(plan, buffers), index, label, position, storage)
+
+    def _allocate(self, plan: Sequence[ViewSpec], batch: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+        return allocate(plan, batch, self.device, self.dtype, channels_last=self.channels_last, memory=self._memory)
 
     def _draw(self, plan: Sequence[ViewSpec], epoch: int, index: np.ndarray) -> list[ViewParams]:
         heights, widths = self.files.heights[index], self.files.widths[index]
@@ -223,37 +264,17 @@ class ViewLoader:
             )
         return other
 
-    def _prepare(self, epoch: int, order: np.ndarray, update: int, micro: int) -> Any:
-        """What runs ahead of the consumer: everything on the CPU, up to the colour work of an accelerator."""
-        made = self._crops(epoch, order, update, micro)
-        return self._to_device(*made) if self.device.type == "cpu" else made
 
-    def _finish(self, job: Future) -> ViewBatch:
-        made = job.result()
-        return made if isinstance(made, ViewBatch) else self._to_device(*made)
+@dataclass
+class _Prepared:
+    """A batch between the threads that run ahead and the consumer's."""
 
-    def _to_device(
-        self,
-        plan: Sequence[ViewSpec],
-        index: np.ndarray,
-        position: np.ndarray,
-        params: list[ViewParams],
-        crops: list[Tensor],
-    ) -> ViewBatch:
-        buffers, storage = allocate(plan, len(index), self.device, self.dtype, channels_last=self.channels_last)
-        for spec, view, crop, out in zip(expand(plan), params, crops, buffers, strict=True):
-            colour(crop.to(self.device, non_blocking=True), view, spec, out)
-
-        index_, label, position_ = (
-            on_device(np.ascontiguousarray(values, dtype=np.int64), self.device)
-            for values in (index, self.files.labels[index], position)
-        )
-        return ViewBatch(named_views(plan, buffers), index_, label, position_, storage)
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    plan: Sequence[ViewSpec]
+    index: np.ndarray
+    position: np.ndarray
+    params: list[ViewParams]
+    crops: list[Tensor]
+    made: tuple[list[Tensor], dict[str, Tensor]] | None
 
 
 def _checked_phases(phases: Sequence[Phase]) -> list[Phase]:

@@ -50,7 +50,8 @@ class Data(Section):
     test: str | list[str] | None = None
     probe: str | list[str] | None = Field(None, description="labelled data for kNN and linear; `train` when absent")
     engine: str = "auto"
-    workers: int | None = Field(None, ge=1, description="decoding threads; all cores when absent")
+    resize: Literal["antialias", "area"] = Field("antialias", description="area: FFCV's own, ffcv engine only")
+    workers: int | None = Field(None, ge=1, description="threads that make views; all cores when absent")
 
     @field_validator("engine")
     @classmethod

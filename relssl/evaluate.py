@@ -172,6 +172,7 @@ def _linear_probe(task: _Task, settings: LinearProtocol, seed: int) -> LinearRes
         [(None, specs)],
         global_batch=min(settings.batch_size, len(files)),
         engine=task.weights.recipe.data.engine,
+        resize=task.weights.recipe.data.resize,
         device=task.device,
         seed=mix(seed, "linear") >> 1,
         drop_last=False,
@@ -276,6 +277,7 @@ class _Task:
                     batch_size=recipe.eval.batch_size,
                     device=self.device,
                     engine=recipe.data.engine,
+                    resize=recipe.data.resize,
                     workers=recipe.data.workers,
                 )
             ) as loader:

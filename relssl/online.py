@@ -109,6 +109,7 @@ class OnlineEvaluator:
             device=device,
             dtype=dtype,
             engine=self.recipe.data.engine,
+            resize=self.recipe.data.resize,
             workers=self.recipe.data.workers,
             max_unreadable=_UNREADABLE,
         )

@@ -34,6 +34,7 @@ def draw_views(recipe: Recipe, out: Path, *, num_images: int = 8, epoch: int = 0
             recipe.views.specs(),
             global_batch=len(chosen),
             engine=recipe.data.engine,
+            resize=recipe.data.resize,
             seed=recipe.train.seed,
             shuffle=False,
             max_unreadable=1.0,

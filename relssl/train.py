@@ -106,6 +106,7 @@ class Trainer:
             global_batch=recipe.train.batch_size,
             num_micro=recipe.train.num_micro,
             engine=recipe.data.engine,
+            resize=recipe.data.resize,
             device=self.device,
             seed=self.seed,
             rank=accelerator.process_index,
@@ -305,6 +306,7 @@ class Trainer:
                 device=self.device,
                 dtype=self.dtype,
                 engine=self.recipe.data.engine,
+                resize=self.recipe.data.resize,
                 workers=self.recipe.data.workers,
             )
         ) as loader:

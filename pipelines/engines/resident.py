@@ -1,13 +1,11 @@
-"""Small data sets live in memory whole, as one 8-bit tensor on the device: no decoding, no workers, no copies.
+"""Small data sets live in memory whole, as one 8-bit tensor on the device: no decoding, no copies.
 
-On the CPU a numba kernel crops, on an accelerator two batched matrix products do. The way for CIFAR, STL and tiny
+On the CPU a compiled loop crops, on an accelerator two batched matrix products do. The way for CIFAR, STL and tiny
 images, and for many views of each image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,67 +13,81 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.crop import crop_matmul, crop_small
+from pipelines.crop import crop_matmul, crop_small, on_device
 from pipelines.draw import ViewParams
+from pipelines.engines import Finish, Replace, refuse_area
 from pipelines.engines.decode import decode_sample
 from pipelines.errors import ConfigError, InputError
+from pipelines.pool import Pool
 from pipelines.views import ViewSpec
 
 _MEMORY_SHARE = 0.8
+# Pixels of 8 bits are exact in half precision, so crops stay within a level of PIL's, and CUDA devices are made for it.
+_CUDA_DTYPE = torch.float16
+_CHUNK_VIEWS = 256  # views a thread makes at a time: enough to forget the call, few enough to stay in its cache
 
 
 class Engine:
     """See `pipelines.engines`. Images of different sizes lie in the corner of one canvas."""
 
-    ASYNC = False
-
-    def __init__(self, files: Any, *, device: torch.device, workers: int):
-        self.device = device
+    def __init__(self, files: Any, *, device: torch.device, pool: Pool, resize: str = "antialias"):
+        self.device, self.pool = device, pool
+        self.ASYNC = device.type == "cpu"  # on an accelerator the crops are queued behind the step anyway
         self.unreadable: dict[int, InputError] = {}
         shape = (len(files), int(files.heights.max()), int(files.widths.max()), 3)
         _check_memory(shape, device)
         canvas = torch.zeros(shape, dtype=torch.uint8)
 
-        def load(index: int) -> None:
-            try:
-                image = decode_sample(files, index)
-            except InputError as error:
-                self.unreadable[index] = error
-            else:
-                canvas[index, : image.shape[1], : image.shape[2]] = image.permute(1, 2, 0)
+        def load(start: int, stop: int) -> None:
+            for index in range(start, stop):
+                try:
+                    image = decode_sample(files, index)
+                except InputError as error:
+                    self.unreadable[index] = error
+                else:
+                    canvas[index, : image.shape[1], : image.shape[2]] = image.permute(1, 2, 0)
 
-        with ThreadPoolExecutor(max(workers, 1)) as pool:
-            for _ in pool.map(load, range(len(files)), chunksize=256):
-                pass
+        pool.run(load, len(files), chunk=256)
         self.images = canvas.to(device)
 
     @staticmethod
-    def check(spec: ViewSpec) -> None:
-        if spec.interpolation != "bilinear":
-            raise ConfigError(
-                f"view {spec.name!r}: the resident engine resizes bilinearly, not {spec.interpolation}; "
-                "set data.engine: torchvision"
-            )
+    def check(spec: ViewSpec, resize: str) -> None:
+        refuse_area(resize)
 
     def crops(
-        self, ids: np.ndarray, params: list[ViewParams], replace: Callable[[int, InputError], int]
+        self, ids: np.ndarray, params: list[ViewParams], replace: Replace, finish: Finish | None = None
     ) -> list[Tensor]:
-        """Crop a batch; one (B, S, S, 3) uint8 tensor per view, on the device."""
-        if self.unreadable:
-            ids = ids.copy()
-            for row in range(len(ids)):
-                while int(ids[row]) in self.unreadable:
-                    ids[row] = replace(row, self.unreadable[int(ids[row])])
-        if self.device.type == "cpu":
-            out = [torch.empty((len(ids), p.size, p.size, 3), dtype=torch.uint8) for p in params]
-            for view, buffer in zip(params, out, strict=True):
-                crop_small(self.images.numpy(), ids, view, buffer.numpy())
-            return out
-        rows = torch.as_tensor(ids, device=self.device)
-        return [crop_matmul(self.images, rows, view) for view in params]
+        """Crop a batch on the device; see `pipelines.engines`."""
+        ids = self._readable(ids, replace)
+        if self.device.type != "cpu":
+            rows = on_device(ids, self.device)
+            dtype = _CUDA_DTYPE if self.device.type == "cuda" else torch.float32
+            return [crop_matmul(self.images, rows, view, dtype) for view in params]
+        images = self.images.numpy()
+        crops = [torch.empty((p.count, len(ids), p.size, p.size, 3), dtype=torch.uint8) for p in params]
+
+        def make(start: int, stop: int) -> None:
+            for view, buffer in zip(params, crops, strict=True):
+                crop_small(images, ids, view, buffer.numpy(), start, stop)
+            if finish is not None:
+                finish(crops, start, stop)
+
+        views = sum(p.count for p in params)
+        self.pool.run(make, len(ids), chunk=max(1, _CHUNK_VIEWS // views))
+        return crops
 
     def close(self) -> None:
         self.images = torch.empty(0, dtype=torch.uint8)
+
+    def _readable(self, ids: np.ndarray, replace: Replace) -> np.ndarray:
+        """`ids` with the images that could not be decoded replaced."""
+        if not self.unreadable:
+            return ids
+        ids = ids.copy()
+        for row in range(len(ids)):
+            while int(ids[row]) in self.unreadable:
+                ids[row] = replace(row, self.unreadable[int(ids[row])])
+        return ids
 
 
 def _check_memory(shape: tuple[int, ...], device: torch.device) -> None:

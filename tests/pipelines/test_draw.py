@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -33,10 +35,9 @@ def draw_sized(plan, n, *, height, width, seed=0, epoch=0, first=0):
 
 def rows_of(params, rows):
     """Everything that was drawn for some rows, as one flat list of arrays."""
-    arrays = [params.box, params.resized, params.offset, params.flip]
-    for op in params.ops:
-        arrays += [op.apply, *op.values.values()]
-    return [a[rows] for a in arrays]
+    ops = params.ops
+    arrays = [params.box, params.resized, params.offset, params.flip, ops.apply, ops.value, ops.order]
+    return [a[:, rows] for a in arrays]
 
 
 @given(
@@ -68,7 +69,7 @@ def test_draw_depends_on_the_sample_alone(seed, epoch, n, cut, height, width):
 def test_boxes_lie_inside_the_image(height, width, seed):
     plan = [*PLAN, ViewSpec("test", 8, box={"center": {"resize": 10}}), ViewSpec("all", 8, box={"whole": {}})]
     for params in draw_sized(plan, 16, height=height, width=width, seed=seed):
-        top, left, h, w = params.box.T
+        top, left, h, w = np.moveaxis(params.box, -1, 0)
         assert (top >= 0).all()
         assert (left >= 0).all()
         assert (h >= 1).all()
@@ -85,25 +86,35 @@ def test_views_seeds_epochs_and_samples_are_drawn_apart():
         draw_sized(PLAN, 64, height=40, width=50, seed=1)[1],
         draw_sized(PLAN, 64, height=40, width=50, epoch=1)[1],
         draw_sized(PLAN, 64, height=40, width=50, first=64)[1],
-        base[2],
     ]
-    for other in others:
-        same = (base[1].box == other.box).all(axis=1).mean()
+    for other in [*(o.box[0] for o in others), base[1].box[1]]:
+        same = (base[1].box[0] == other).all(axis=1).mean()
         assert same < 0.1
+
+
+def test_a_view_is_drawn_by_its_number_however_it_is_listed():
+    """`count: 2` is the same as the spec twice, and what stands before a view only counts."""
+    whole = draw_sized(PLAN, 16, height=40, width=50)[1]
+    single = dataclasses.replace(PLAN[1], count=1)
+    apart = draw_sized([PLAN[0], single, single], 16, height=40, width=50)[1:]
+    for view in range(2):
+        for a, b in zip(rows_of(whole, slice(None)), rows_of(apart[view], slice(None)), strict=True):
+            assert (a[view] == b[0]).all()
 
 
 def test_adding_an_op_leaves_earlier_draws_alone():
     short = draw_sized([ViewSpec("a", 16, ops=[["jitter", 0.8, JITTER]])], 50, height=30, width=30)[0]
     long = draw_sized([ViewSpec("a", 16, ops=[["jitter", 0.8, JITTER], ["grey", 0.5]])], 50, height=30, width=30)[0]
     assert (short.box == long.box).all()
-    assert (short.ops[0].values["factors"] == long.ops[0].values["factors"]).all()
+    assert (short.ops.value[:, :, 0] == long.ops.value[:, :, 0]).all()
+    assert (short.ops.order[:, :, 0] == long.ops.order[:, :, 0]).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (32, 32), (50, 400)])
 def test_random_resized_crops_are_distributed_as_torchvisions(height, width):
     """Mean and standard deviation of area, log ratio and centre over 20,000 boxes, within 5 standard errors."""
     n, scale, ratio = 20_000, (0.2, 1.0), (3 / 4, 4 / 3)
-    ours = draw_sized([PLAN[0]], n, height=height, width=width)[0].box.astype(float)
+    ours = draw_sized([PLAN[0]], n, height=height, width=width)[0].box[0].astype(float)
     image = torch.empty(1, height, width)
     torch.manual_seed(0)
     theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)], dtype=float)
@@ -121,29 +132,29 @@ def test_random_resized_crops_are_distributed_as_torchvisions(height, width):
 
 def test_jitter_is_distributed_as_torchvisions():
     n = 20_000
-    op = draw_sized(PLAN, n, height=32, width=32)[1].ops[0]
+    op = next(iter(draw_sized(PLAN, n, height=32, width=32)[1].ops))
     torch.manual_seed(0)
     params = [ColorJitter.get_params([0.6, 1.4], [0.6, 1.4], [0.6, 1.4], [-0.1, 0.1]) for _ in range(2000)]
     theirs = np.array([p[1:] for p in params], dtype=float)
     for i, name in enumerate(JITTER_OPS):
-        a = op.values["factors"][:, i]
+        a = op.value[0, :, i]
         assert abs(a.mean() - theirs[:, i].mean()) < 5 * theirs[:, i].std() / np.sqrt(2000), name
         assert a.min() >= theirs[:, i].min() - 0.01, name
         assert a.max() <= theirs[:, i].max() + 0.01, name
-    orders, counts = np.unique(op.values["order"], axis=0, return_counts=True)
+    orders, counts = np.unique(op.order[0], axis=0, return_counts=True)
     assert len(orders) == 24
     assert abs(counts / n - 1 / 24).max() < 0.01
     assert abs(op.apply.mean() - 0.8) < 0.02
 
 
 def test_probabilities_and_ranges():
-    _, student, _ = draw_sized(PLAN, 20_000, height=32, width=32)
-    grey, blur, solarise = student.ops[1:]
+    _, student = draw_sized(PLAN, 20_000, height=32, width=32)
+    _, grey, blur, solarise = student.ops
     assert abs(student.flip.mean() - 0.5) < 0.02
     assert abs(grey.apply.mean() - 0.2) < 0.02
     assert abs(blur.apply.mean() - 0.5) < 0.02
     assert abs(solarise.apply.mean() - 0.2) < 0.02
-    sigma = blur.values["sigma"]
+    sigma = blur.value[..., 0]
     assert sigma.min() >= 0.1
     assert sigma.max() <= 2.0
     assert abs(sigma.mean() - 1.05) < 0.02

@@ -104,7 +104,6 @@ def test_recipes_carry_the_papers_numbers():
         ("trian.epochs=1", "did you mean 'train'"),
         ("method.queue_sise=1", "did you mean 'queue_size'"),
         ("method.name=resll", "did you mean 'ressl'"),
-        ("data.engine=dali", "not in this version yet"),
         ("train.epochs=many", "train.epochs: .*valid integer.*got 'many'"),
         ("train.epochs=0", "train.epochs: .*greater than 0.*got 0"),
         ("optim.lr=-1", "optim.lr: .*greater than 0.*got -1"),

@@ -1,0 +1,573 @@
+"""Compiled loops of the data path on the CPU: crops of decoded and of resident images, and every colour operation.
+
+All of them release the GIL and use no threads of their own: the loader calls them from its pool, each call for a range
+of images. They stand in one file because numba's cache notices changes per file.
+
+Floating point is strict: no reassociation, no contraction, and sums run over rows first, lane by lane. So the bits
+are the same for any number of threads and on every x86-64 processor. Constants are float32, as a Python float would
+turn a whole loop into float64. Computed indices of inner loops are unsigned: for signed ones numba tests whether they
+are negative, which keeps loops from being vectorised.
+
+No bounds are checked here; `pipelines.crop` and `pipelines.colour` are the doors, and check.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+_STRICT: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"nnan", "ninf", "nsz"}}
+
+
+def _compiled(function: Any) -> Any:
+    """numba.njit with a cache on disk where there can be one: a frozen or read-only installation compiles anew."""
+    try:
+        return numba.njit(cache=True, **_STRICT)(function)
+    except RuntimeError:  # "no locator available for file ..."
+        return numba.njit(**_STRICT)(function)
+
+
+ZERO, HALF, ONE, TWO, FOUR, SIX, LEVELS = (np.float32(x) for x in (0, 0.5, 1, 2, 4, 6, 255))
+LUMA_R, LUMA_G, LUMA_B = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
+
+# Codes of operations, as `kinds` of the colour kernel; their names are those of `pipelines.views.OPS`.
+KINDS = {"jitter": 0, "grey": 1, "blur": 2, "solarise": 3}
+JITTER, GREY, BLUR, SOLARISE = KINDS["jitter"], KINDS["grey"], KINDS["blur"], KINDS["solarise"]
+
+
+# -- antialiased resampling
+
+
+@_compiled
+def _kernel_at(distance, cubic):  # type: ignore[no-untyped-def]
+    """PIL's triangle (support 1) or Keys' cubic with a = -1/2 (support 2), at a distance in output pixels."""
+    x = abs(distance)
+    if not cubic:
+        return max(0.0, 1.0 - x)
+    if x < 1.0:
+        return (1.5 * x - 2.5) * x * x + 1.0
+    if x < 2.0:
+        return ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    return 0.0
+
+
+@_compiled
+def _taps(n_in, n_resized, offset, size, mirrored, cubic, start, count, weight):  # type: ignore[no-untyped-def]
+    """Fill start[size], count[size] and weight[size, :] for one axis.
+
+    Support and rounding follow PIL: centre (o + 1/2) * scale, radius support * max(scale, 1), rows sum to one.
+    """
+    scale = n_in / n_resized
+    filter_scale = max(scale, 1.0)
+    radius = filter_scale * (2.0 if cubic else 1.0)
+    for o in range(size):
+        at = size - 1 - o if mirrored else o
+        centre = (o + offset + 0.5) * scale
+        first = max(int(centre - radius + 0.5), 0)
+        last = min(int(centre + radius + 0.5), n_in)
+        total = 0.0
+        for t in range(first, last):
+            total += _kernel_at((t - centre + 0.5) / filter_scale, cubic)
+        for t in range(first, last):
+            weight[at, t - first] = np.float32(_kernel_at((t - centre + 0.5) / filter_scale, cubic) / total)
+        start[at] = first
+        count[at] = last - first
+
+
+def _pixel_dot(taps: int) -> Any:
+    """out[o : o + 4] = sum over t of weight[k + t] * row[i + 3 t : i + 3 t + 4]: a pixel's three channels at once.
+
+    The fourth number is the next pixel's, and is overwritten by it. Written as LLVM vectors of four, because numba
+    leaves the vectoriser off that would find them; plain multiplications and additions, in the order of the taps.
+    """
+
+    @intrinsic
+    def dot(typing_context, out, o, row, i, weight, k):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            four = ir.VectorType(ir.FloatType(), 4)
+            lanes = ir.Constant(ir.VectorType(ir.IntType(32), 4), [0, 0, 0, 0])
+            undefined = ir.Constant(four, ir.Undefined)
+
+            def at(array: int, index: int, step: int = 0) -> Any:
+                data = context.make_array(signature.args[array])(context, builder, arguments[array]).data
+                place = arguments[index]
+                return builder.gep(data, [builder.add(place, ir.Constant(place.type, step))])
+
+            total = None
+            for t in range(taps):
+                weight = builder.insert_element(undefined, builder.load(at(4, 5, t)), ir.Constant(ir.IntType(32), 0))
+                pixel = builder.load(builder.bitcast(at(2, 3, 3 * t), four.as_pointer()), align=4)
+                term = builder.fmul(builder.shuffle_vector(weight, undefined, lanes), pixel)
+                total = term if total is None else builder.fadd(total, term)
+            builder.store(total, builder.bitcast(at(0, 1), four.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(out, o, row, i, weight, k), generate
+
+    return dot
+
+
+def _pixel_row(taps: int) -> Any:
+    """The horizontal pass over one row of interleaved pixels, with a fixed number of taps."""
+    dot = _pixel_dot(taps)
+
+    def resample(row, start, weight, out):  # type: ignore[no-untyped-def]
+        flat = weight.reshape(weight.size)
+        for x in range(len(start)):
+            dot(out, 3 * x, row, 3 * start[x], flat, x * weight.shape[1])
+
+    return _compiled(resample)
+
+
+_ROW_2, _ROW_3, _ROW_4, _ROW_5, _ROW_6, _ROW_8, _ROW_12, _ROW_16 = map(_pixel_row, (2, 3, 4, 5, 6, 8, 12, 16))
+
+
+@_compiled
+def crop_image(image, box, resized, offset, flip, cubic, out, b):  # type: ignore[no-untyped-def]
+    """All crops of one decoded image.
+
+    image (H, W, 3) uint8; box (V, B, 4), resized and offset (V, B, 2), flip (V, B); out (V, B, S, S, 3) uint8, of
+    which row b of the second axis is written. The vertical pass comes first: it reads the 8-bit rows as they lie in
+    memory, and leaves the fewer rows to the horizontal one.
+    """
+    views, size = out.shape[0], out.shape[2]
+    pixels = image.reshape(image.shape[0], 3 * image.shape[1])
+    line = np.empty(3 * size + 1, np.float32)
+    for v in range(views):
+        top, left, height, width = box[v, b, 0], box[v, b, 1], box[v, b, 2], box[v, b, 3]
+        start_y, count_y, _, weight_y = _tables(size, _most_taps(height, resized[v, b, 0], cubic))
+        start_x, count_x, _, weight_x = _tables(size, max(16, _most_taps(width, resized[v, b, 1], cubic)))
+        weight_x[:] = ZERO
+        _taps(height, resized[v, b, 0], offset[v, b, 0], size, False, cubic, start_y, count_y, weight_y)
+        _taps(width, resized[v, b, 1], offset[v, b, 1], size, flip[v, b], cubic, start_x, count_x, weight_x)
+        most = count_x.max()
+        row = np.zeros(3 * (width + weight_x.shape[1]) + 4, np.float32)  # taps of weight zero read past the end
+        for y in range(size):
+            _weigh_rows(pixels, top + start_y[y], count_y[y], 3 * left, weight_y[y], row[: 3 * width])
+            _resample_row(row, start_x, count_x, weight_x, most, line)
+            target = out[v, b, y].reshape(3 * size)
+            for i in range(3 * size):
+                target[i] = np.uint8(min(max(line[i] + HALF, ZERO), LEVELS))
+
+
+@_compiled
+def _most_taps(n_in, n_resized, cubic):  # type: ignore[no-untyped-def]
+    return 2 * int(np.ceil(max(n_in / n_resized, 1.0) * (2.0 if cubic else 1.0))) + 2
+
+
+@_compiled
+def _weigh_rows(pixels, top, count, left, weight, out):  # type: ignore[no-untyped-def]
+    """out = the weighted sum of `count` 8-bit rows from `left` on: up to four in one pass, to save trips to memory."""
+    first, a = pixels[top][left : left + len(out)], weight[0]
+    if count == 2:
+        second, b = pixels[top + 1][left : left + len(out)], weight[1]
+        for i in range(len(out)):
+            out[i] = a * np.float32(first[i]) + b * np.float32(second[i])
+    elif count == 3:
+        second, b = pixels[top + 1][left : left + len(out)], weight[1]
+        third, c = pixels[top + 2][left : left + len(out)], weight[2]
+        for i in range(len(out)):
+            out[i] = (a * np.float32(first[i]) + b * np.float32(second[i])) + c * np.float32(third[i])
+    elif count == 4:
+        second, b = pixels[top + 1][left : left + len(out)], weight[1]
+        third, c = pixels[top + 2][left : left + len(out)], weight[2]
+        fourth, d = pixels[top + 3][left : left + len(out)], weight[3]
+        for i in range(len(out)):
+            upper = a * np.float32(first[i]) + b * np.float32(second[i])
+            out[i] = upper + (c * np.float32(third[i]) + d * np.float32(fourth[i]))
+    else:
+        for i in range(len(out)):
+            out[i] = a * np.float32(first[i])
+        for t in range(1, count):
+            more, a = pixels[top + t][left : left + len(out)], weight[t]
+            for i in range(len(out)):
+                out[i] += a * np.float32(more[i])
+
+
+@_compiled
+def _resample_row(row, start, count, weight, most, out):  # type: ignore[no-untyped-def]
+    if most <= 2:
+        _ROW_2(row, start, weight, out)
+    elif most <= 3:
+        _ROW_3(row, start, weight, out)
+    elif most <= 4:
+        _ROW_4(row, start, weight, out)
+    elif most <= 5:
+        _ROW_5(row, start, weight, out)
+    elif most <= 6:
+        _ROW_6(row, start, weight, out)
+    elif most <= 8:
+        _ROW_8(row, start, weight, out)
+    elif most <= 12:
+        _ROW_12(row, start, weight, out)
+    elif most <= 16:
+        _ROW_16(row, start, weight, out)
+    else:
+        _resample_pixels(row, start, count, weight, out)
+
+
+@_compiled
+def _resample_pixels(row, start, count, weight, out):  # type: ignore[no-untyped-def]
+    for x in range(len(start)):
+        r = g = b = ZERO
+        at = np.uint64(3 * start[x])
+        for t in range(count[x]):
+            w = weight[x, t]
+            r += w * row[at]
+            g += w * row[at + np.uint64(1)]
+            b += w * row[at + np.uint64(2)]
+            at += np.uint64(3)
+        out[3 * x] = r
+        out[3 * x + 1] = g
+        out[3 * x + 2] = b
+
+
+@_compiled
+def _two_taps(n_in, n_resized, offset, size, mirrored, first, second, share):  # type: ignore[no-untyped-def]
+    """`_taps` of the bilinear filter where nothing is reduced: two neighbours and the weight of the second."""
+    scale = n_in / n_resized
+    for o in range(size):
+        at = size - 1 - o if mirrored else o
+        place = max((o + offset + 0.5) * scale - 0.5, 0.0)
+        i = int(place)
+        first[at] = i
+        second[at] = min(i + 1, n_in - 1)
+        share[at] = np.float32(place - i)
+
+
+@_compiled
+def crop_rows(images, ids, box, resized, offset, flip, cubic, out, taps, first_row, last_row):  # type: ignore[no-untyped-def]
+    """Crop rows first_row ... last_row-1 of a batch.
+
+    images (N, H, W, 3) uint8, ids (B,), box (V, B, 4), resized and offset (V, B, 2), flip (V, B), out
+    (V, B, S, S, 3) uint8. `taps` bounds the taps of any axis. Pixels stay interleaved: after the horizontal pass
+    each row is 3 S contiguous numbers, which the vertical pass and the rounding take at full width.
+    """
+    views, size = out.shape[0], out.shape[2]
+    source = np.empty((images.shape[1], images.shape[2] * 3), np.float32)
+    lines = np.empty((images.shape[1], size * 3), np.float32)
+    x_tables = _tables(size, taps)
+    y_tables = _tables(size, taps)
+    for b in range(first_row, last_row):
+        _load_source(images[ids[b]], box[:, b], source)
+        for v in range(views):
+            top, left, height, width = box[v, b, 0], box[v, b, 1], box[v, b, 2], box[v, b, 3]
+            enlarged = not cubic and height <= resized[v, b, 0] and width <= resized[v, b, 1]
+            crop = out[v, b].reshape(size, size * 3)
+            if enlarged:
+                first, second, share = x_tables[0], x_tables[1], x_tables[2]
+                upper, lower, rest = y_tables[0], y_tables[1], y_tables[2]
+                _two_taps(width, resized[v, b, 1], offset[v, b, 1], size, flip[v, b], first, second, share)
+                _two_taps(height, resized[v, b, 0], offset[v, b, 0], size, False, upper, lower, rest)
+                low, high = upper[0], lower[size - 1] + 1  # the rows that the vertical pass will read
+                _horizontal_two(source[top + low : top + high, 3 * left :], first, second, share, lines)
+                _vertical_two(lines, low, upper, lower, rest, crop)
+            else:
+                start_x, count_x, weight_x = x_tables[0], x_tables[1], x_tables[3]
+                start_y, count_y, weight_y = y_tables[0], y_tables[1], y_tables[3]
+                _taps(width, resized[v, b, 1], offset[v, b, 1], size, flip[v, b], cubic, start_x, count_x, weight_x)
+                _taps(height, resized[v, b, 0], offset[v, b, 0], size, False, cubic, start_y, count_y, weight_y)
+                low, high = start_y[0], start_y[size - 1] + count_y[size - 1]
+                _horizontal(source[top + low : top + high, 3 * left :], start_x, count_x, weight_x, lines)
+                _vertical(lines, low, start_y, count_y, weight_y, crop)
+
+
+@_compiled
+def _tables(size, taps):  # type: ignore[no-untyped-def]
+    """Two of indices, one of shares, one of weights: what the taps of an axis are written to."""
+    return (
+        np.empty(size, np.int64), np.empty(size, np.int64),
+        np.empty(size, np.float32), np.empty((size, taps), np.float32),
+    )  # fmt: skip
+
+
+@_compiled
+def _load_source(image, box, source):  # type: ignore[no-untyped-def]
+    """The part of an image that any view reads, as float32: converted once for all views."""
+    top, left, bottom, right = box[0, 0], box[0, 1], box[0, 0], box[0, 1]
+    for v in range(box.shape[0]):
+        top, left = min(top, box[v, 0]), min(left, box[v, 1])
+        bottom, right = max(bottom, box[v, 0] + box[v, 2]), max(right, box[v, 1] + box[v, 3])
+    for y in range(top, bottom):
+        pixels = image[y].reshape(image.shape[1] * 3)[3 * left : 3 * right]
+        row = source[y, 3 * left : 3 * right]
+        for i in range(len(row)):
+            row[i] = np.float32(pixels[i])
+
+
+@_compiled
+def _horizontal_two(source, first, second, share, lines):  # type: ignore[no-untyped-def]
+    for y in range(len(source)):
+        row, line = source[y], lines[y]
+        for x in range(np.uint64(len(first))):
+            i, j, w = np.uint64(3 * first[x]), np.uint64(3 * second[x]), share[x]
+            at, one, two = np.uint64(3) * x, np.uint64(1), np.uint64(2)
+            line[at] = row[i] + w * (row[j] - row[i])
+            line[at + one] = row[i + one] + w * (row[j + one] - row[i + one])
+            line[at + two] = row[i + two] + w * (row[j + two] - row[i + two])
+
+
+@_compiled
+def _vertical_two(lines, low, upper, lower, share, crop):  # type: ignore[no-untyped-def]
+    for y in range(len(crop)):
+        above, below, w, row = lines[upper[y] - low], lines[lower[y] - low], share[y], crop[y]
+        for i in range(len(row)):
+            row[i] = np.uint8(above[i] + w * (below[i] - above[i]) + HALF)
+
+
+@_compiled
+def _horizontal(source, start, count, weight, lines):  # type: ignore[no-untyped-def]
+    for y in range(len(source)):
+        _resample_pixels(source[y], start, count, weight, lines[y])
+
+
+@_compiled
+def _vertical(lines, low, start, count, weight, crop):  # type: ignore[no-untyped-def]
+    line = np.empty(crop.shape[1], np.float32)
+    for y in range(len(crop)):
+        line[:] = HALF
+        for t in range(count[y]):
+            more, w = lines[start[y] - low + t], weight[y, t]
+            for i in range(len(line)):
+                line[i] += w * more[i]
+        row = crop[y]
+        for i in range(len(row)):
+            row[i] = np.uint8(min(max(line[i], ZERO), LEVELS))
+
+
+# -- colour
+
+
+@_compiled
+def colour_rows(crops, kinds, apply, value, order, scale, shift, out, planar, scratch, first_row, last_row):  # type: ignore[no-untyped-def]
+    """Turn rows first_row ... last_row-1 of a batch of 8-bit crops into normalised views.
+
+    crops (V, B, S, S, 3) uint8; kinds (O,) codes of the operations in their order; apply (V, B, O) bool, value
+    (V, B, O, 4) float32, order (V, B, O, 4) uint8 as in `pipelines.draw.PackedOps`; scale, shift (3,) float32: a pixel
+    x in [0, 1] becomes x * scale + shift; out (V, B, 3 S S) float32, or uint16 for the bits of bfloat16, as planes or
+    interleaved; scratch: at least 4 S S + 4 S numbers.
+    """
+    views, size = crops.shape[0], crops.shape[2]
+    n = size * size
+    planes = scratch[: 3 * n].reshape(3, n)
+    spare = scratch[3 * n : 4 * n]
+    border = scratch[4 * n :]
+    for b in range(first_row, last_row):
+        for v in range(views):
+            _load_planes(crops[v, b].reshape(3 * n), planes)
+            for i in range(len(kinds)):
+                if not apply[v, b, i]:
+                    continue
+                if kinds[i] == JITTER:
+                    _jitter(planes, value[v, b, i], order[v, b, i], spare[:size])
+                elif kinds[i] == GREY:
+                    _grey(planes)
+                elif kinds[i] == BLUR:
+                    _blur(planes, size, value[v, b, i, 0], spare, border)
+                else:
+                    _solarise(planes, value[v, b, i, 0])
+            if planar:
+                _store_planes(planes, scale, shift, out[v, b])
+            else:
+                _store_pixels(planes, scale, shift, out[v, b])
+
+
+@_compiled
+def _load_planes(pixels, planes):  # type: ignore[no-untyped-def]
+    for i in range(planes.shape[1]):  # a true division: x >= 128/255 must mean a level of at least 128
+        planes[0, i] = np.float32(pixels[3 * i]) / LEVELS
+        planes[1, i] = np.float32(pixels[3 * i + 1]) / LEVELS
+        planes[2, i] = np.float32(pixels[3 * i + 2]) / LEVELS
+
+
+@_compiled
+def _jitter(planes, factors, order, sums):  # type: ignore[no-untyped-def]
+    """torchvision's ColorJitter: brightness, contrast, saturation and hue in the sample's own order."""
+    for place in range(4):
+        kind = order[place]
+        factor = factors[kind]
+        if kind == 0 and factor != ONE:
+            _brightness(planes, factor)
+        elif kind == 1 and factor != ONE:
+            _contrast(planes, factor, sums)
+        elif kind == 2 and factor != ONE:
+            _saturation(planes, factor)
+        elif kind == 3 and factor != ZERO:
+            _hue(planes, factor)
+
+
+@_compiled
+def _brightness(planes, factor):  # type: ignore[no-untyped-def]
+    for c in range(3):
+        plane = planes[c]
+        for i in range(len(plane)):
+            plane[i] = min(plane[i] * factor, ONE)
+
+
+@_compiled
+def _contrast(planes, factor, sums):  # type: ignore[no-untyped-def]
+    size = len(sums)
+    sums[:] = ZERO
+    for start in range(0, planes.shape[1], size):  # rows first, lane by lane: vectorised in a fixed order of additions
+        r, g, b = planes[0, start : start + size], planes[1, start : start + size], planes[2, start : start + size]
+        for x in range(size):
+            sums[x] += (r[x] * LUMA_R + g[x] * LUMA_G) + b[x] * LUMA_B
+    total = ZERO
+    for x in range(size):
+        total += sums[x]
+    base = (ONE - factor) * (total / np.float32(planes.shape[1]))
+    for c in range(3):
+        plane = planes[c]
+        for i in range(len(plane)):
+            plane[i] = min(max(plane[i] * factor + base, ZERO), ONE)
+
+
+@_compiled
+def _saturation(planes, factor):  # type: ignore[no-untyped-def]
+    r, g, b = planes[0], planes[1], planes[2]
+    rest = ONE - factor
+    for i in range(len(r)):
+        base = rest * ((r[i] * LUMA_R + g[i] * LUMA_G) + b[i] * LUMA_B)
+        r[i] = min(max(r[i] * factor + base, ZERO), ONE)
+        g[i] = min(max(g[i] * factor + base, ZERO), ONE)
+        b[i] = min(max(b[i] * factor + base, ZERO), ONE)
+
+
+@_compiled
+def _wave(z, chroma, low):  # type: ignore[no-untyped-def]
+    """A channel from its distance to the hue: a triangle wave of period 6 chroma, clipped to [low, low + chroma]."""
+    z = abs(z)
+    wave = abs(min(z, SIX * chroma - z))
+    return low + min(max(wave - chroma, ZERO), chroma)
+
+
+@_compiled
+def _hue(planes, turns):  # type: ignore[no-untyped-def]
+    """Rotate the hue by `turns` in [-1/2, 1/2]: no division, no HSV, grey pixels without a special case."""
+    r, g, b = planes[0], planes[1], planes[2]
+    shift = SIX * turns
+    for i in range(len(r)):
+        x, y, z = r[i], g[i], b[i]
+        high, low = max(max(x, y), z), min(min(x, y), z)
+        chroma = high - low
+        q = (y - z) if high == x else ((z - x) + TWO * chroma if high == y else (x - y) + FOUR * chroma)
+        q += shift * chroma
+        r[i] = _wave(q - np.float32(3) * chroma, chroma, low)
+        g[i] = _wave(q + chroma, chroma, low)
+        b[i] = _wave(q - chroma, chroma, low)
+
+
+@_compiled
+def _grey(planes):  # type: ignore[no-untyped-def]
+    r, g, b = planes[0], planes[1], planes[2]
+    for i in range(len(r)):
+        luma = (r[i] * LUMA_R + g[i] * LUMA_G) + b[i] * LUMA_B
+        r[i] = luma
+        g[i] = luma
+        b[i] = luma
+
+
+@_compiled
+def _solarise(planes, threshold):  # type: ignore[no-untyped-def]
+    for c in range(3):
+        plane = planes[c]
+        for i in range(len(plane)):
+            x = plane[i]
+            plane[i] = ONE - x if x >= threshold else x
+
+
+@_compiled
+def _blur(planes, size, sigma, spare, border):  # type: ignore[no-untyped-def]
+    """Separable Gaussian with reflected borders and as many taps as four sigmas need.
+
+    Two pairs of taps a pass mean fewer trips to memory.
+    """
+    weight = _gaussian(sigma, size)
+    n, radius, one, two = np.uint64(size), np.uint64(len(weight) - 1), np.uint64(1), np.uint64(2)
+    smooth = spare.reshape(size, size)
+    for c in range(3):
+        plane = planes[c].reshape(size, size)
+        for y in range(n):
+            for x in range(n):
+                border[radius + x] = plane[y, x]
+            for k in range(one, radius + one):
+                border[radius - k] = plane[y, k]
+                border[radius + n - one + k] = plane[y, n - one - k]
+            w = weight[0]
+            for x in range(n):
+                smooth[y, x] = w * border[radius + x]
+            pair = one
+            while pair < radius:
+                i, j, w, u = radius - pair, radius + pair, weight[pair], weight[pair + one]
+                far_i, far_j = i - one, j + one
+                for x in range(n):
+                    smooth[y, x] += w * (border[i + x] + border[j + x]) + u * (border[far_i + x] + border[far_j + x])
+                pair += two
+            if radius % two == one:
+                j, w = radius + radius, weight[radius]
+                for x in range(n):
+                    smooth[y, x] += w * (border[x] + border[j + x])
+        for y in range(n):
+            w = weight[0]
+            for x in range(n):
+                plane[y, x] = w * smooth[y, x]
+            pair = one
+            while pair < radius:
+                i, j, w, u = _above(y, pair), _below(y, pair, n), weight[pair], weight[pair + one]
+                far_i, far_j = _above(y, pair + one), _below(y, pair + one, n)
+                for x in range(n):
+                    plane[y, x] += w * (smooth[i, x] + smooth[j, x]) + u * (smooth[far_i, x] + smooth[far_j, x])
+                pair += two
+            if radius % two == one:
+                i, j, w = _above(y, radius), _below(y, radius, n), weight[radius]
+                for x in range(n):
+                    plane[y, x] += w * (smooth[i, x] + smooth[j, x])
+
+
+@_compiled
+def _gaussian(sigma, size):  # type: ignore[no-untyped-def]
+    """Weights of the centre and of the taps at distance 1, 2, ... on either side."""
+    radius = min(int(np.ceil(4.0 * sigma)), size - 1)
+    weight = np.empty(radius + 1, np.float64)
+    for k in range(radius + 1):
+        weight[k] = np.exp(-0.5 * (k / np.float64(sigma)) ** 2)
+    total = weight[0]
+    for k in range(1, radius + 1):
+        total += 2.0 * weight[k]
+    return (weight / total).astype(np.float32)
+
+
+@_compiled
+def _above(y, k):  # type: ignore[no-untyped-def]
+    """The row k above row y, reflected at the first row."""
+    return y - k if y >= k else k - y
+
+
+@_compiled
+def _below(y, k, size):  # type: ignore[no-untyped-def]
+    """The row k below row y, reflected at the last row."""
+    return y + k if y + k < size else np.uint64(2) * (size - np.uint64(1)) - (y + k)
+
+
+@_compiled
+def _store_planes(planes, scale, shift, out):  # type: ignore[no-untyped-def]
+    n = planes.shape[1]
+    for c in range(3):
+        plane, a, b = planes[c], scale[c], shift[c]
+        target = out[c * n : (c + 1) * n]
+        for i in range(n):
+            target[i] = plane[i] * a + b
+
+
+@_compiled
+def _store_pixels(planes, scale, shift, out):  # type: ignore[no-untyped-def]
+    r, g, b = planes[0], planes[1], planes[2]
+    for i in range(len(r)):
+        out[3 * i] = r[i] * scale[0] + shift[0]
+        out[3 * i + 1] = g[i] * scale[1] + shift[1]
+        out[3 * i + 2] = b[i] * scale[2] + shift[2]
