@@ -113,20 +113,27 @@ def draw(
     heights, widths = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
     drawn, number = [], 0
     for spec in plan:
-        numbers = range(number, number + spec.count)
-        keys = np.concatenate([counter_hash(seed, epoch, n, index) for n in numbers])
-        drawn.append(_draw_views(spec, Stream(keys), np.tile(heights, spec.count), np.tile(widths, spec.count)))
+        keys = np.array([_key(seed, epoch, n) for n in range(number, number + spec.count)], dtype=np.uint64)
+        stream = Stream(_hashed(keys[:, None], index).ravel())
+        drawn.append(_draw_views(spec, stream, np.tile(heights, spec.count), np.tile(widths, spec.count)))
         number += spec.count
     return drawn
 
 
 def counter_hash(seed: int, epoch: int, number: int, index: np.ndarray) -> np.ndarray:
     """uint64 hash of three whole numbers and an array of sample ids (uint64); the shape is that of `index`."""
+    return _hashed(np.uint64(_key(seed, epoch, number)), index)
+
+
+def _key(*parts: int) -> int:
     key = 0
-    for part in (seed, epoch, number):
+    for part in parts:
         key = _finalise_integer((key ^ (part & _MASK)) + _GOLDEN & _MASK)
-    with np.errstate(over="ignore"):
-        return _finalise(_finalise(index + np.uint64(_GOLDEN)) ^ np.uint64(key))
+    return key
+
+
+def _hashed(key: np.ndarray | np.uint64, index: np.ndarray) -> np.ndarray:
+    return _finalise(_finalise(index + np.uint64(_GOLDEN)) ^ key)
 
 
 class Stream:
@@ -137,8 +144,7 @@ class Stream:
 
     def uniform(self, slot: int, low: float = 0.0, high: float = 1.0) -> np.ndarray:
         """(B,) float64 in [low, high)."""
-        with np.errstate(over="ignore"):
-            bits = _finalise(self.keys + np.uint64((slot + 1) * _GOLDEN & _MASK))
+        bits = _finalise(self.keys + np.uint64((slot + 1) * _GOLDEN & _MASK))
         return low + (high - low) * ((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
     def below(self, slot: int, limit: np.ndarray) -> np.ndarray:
@@ -147,10 +153,9 @@ class Stream:
 
 
 def _finalise(z: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def _finalise_integer(z: int) -> int:

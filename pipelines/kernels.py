@@ -19,7 +19,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 _STRICT: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"nnan", "ninf", "nsz"}}
 
@@ -554,6 +554,23 @@ def _below(y, k, size):  # type: ignore[no-untyped-def]
     return y + k if y + k < size else np.uint64(2) * (size - np.uint64(1)) - (y + k)
 
 
+def _stored(x: Any, out: Any) -> Any:
+    """x as an element of `out`: itself, or for 16-bit elements the bits of the nearest bfloat16, ties to even."""
+    raise NotImplementedError("only in compiled code")
+
+
+@overload(_stored, inline="always")
+def _stored_as(x, out):  # type: ignore[no-untyped-def]
+    if out.dtype == types.float32:
+        return lambda x, out: x
+
+    def bits_of_bfloat16(x, out):  # type: ignore[no-untyped-def]
+        bits = np.float32(x).view(np.uint32)
+        return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+    return bits_of_bfloat16
+
+
 @_compiled
 def _store_planes(planes, scale, shift, out):  # type: ignore[no-untyped-def]
     n = planes.shape[1]
@@ -561,13 +578,13 @@ def _store_planes(planes, scale, shift, out):  # type: ignore[no-untyped-def]
         plane, a, b = planes[c], scale[c], shift[c]
         target = out[c * n : (c + 1) * n]
         for i in range(n):
-            target[i] = plane[i] * a + b
+            target[i] = _stored(plane[i] * a + b, out)
 
 
 @_compiled
 def _store_pixels(planes, scale, shift, out):  # type: ignore[no-untyped-def]
     r, g, b = planes[0], planes[1], planes[2]
     for i in range(len(r)):
-        out[3 * i] = r[i] * scale[0] + shift[0]
-        out[3 * i + 1] = g[i] * scale[1] + shift[1]
-        out[3 * i + 2] = b[i] * scale[2] + shift[2]
+        out[3 * i] = _stored(r[i] * scale[0] + shift[0], out)
+        out[3 * i + 1] = _stored(g[i] * scale[1] + shift[1], out)
+        out[3 * i + 2] = _stored(b[i] * scale[2] + shift[2], out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from PIL import Image
 
 from pipelines.colour import colour_cpu, colour_torch
 from pipelines.draw import JITTER_OPS, draw
+from pipelines.pool import Pool
 from pipelines.views import ViewSpec
 from tests.pipelines.test_crop import smooth_images
 
@@ -121,6 +124,43 @@ def test_bits_do_not_depend_on_the_batch(ours):
         n = len(index)
         params = draw([spec], seed=2, epoch=1, index=index, heights=np.full(n, 37), widths=np.full(n, 37))[0]
         assert torch.equal(ours(images[part], spec, params), whole[part])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("planar", [False, True])
+def test_every_dtype_and_layout_is_the_rounded_float32(dtype, planar):
+    spec = ViewSpec("a", 21, count=2, ops=list(OPS.values()))
+    images = np.stack([smooth_images(6, 21, 21), smooth_images(6, 21, 21, seed=1)])
+    crops, params = torch.from_numpy(images), drawn(spec, 6, 21)
+    exact = torch.empty(2, 6, 21, 21, 3)
+    colour_cpu(crops, params, spec, exact, 0, 6)
+    out = torch.empty(2, 6, 3, 21, 21, dtype=dtype).movedim(2, -1) if planar else torch.empty_like(exact, dtype=dtype)
+    for start, stop in ((4, 6), (0, 1), (1, 4)):  # ranges of rows, in any order
+        colour_cpu(crops, params, spec, out, start, stop)
+    assert torch.equal(out, exact.to(dtype))
+    by_torch = torch.empty_like(out)
+    colour_torch(crops, params, spec, by_torch)
+    assert (by_torch.float() - exact).abs().max() <= torch.finfo(dtype).eps * 4 + 1e-5
+
+
+def test_threads_do_not_change_a_bit():
+    spec = ViewSpec("a", 40, count=3, ops=list(OPS.values()))
+    crops, params = torch.from_numpy(np.stack([smooth_images(32, 40, 40)] * 3)), drawn(spec, 32, 40)
+    results = []
+    for threads in (1, 2, 5):
+        out, pool = torch.empty(3, 32, 40, 40, 3), Pool(threads)
+        pool.run(functools.partial(colour_cpu, crops, params, spec, out), 32)
+        pool.close()
+        results.append(out)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_layout_that_is_neither_planes_nor_pixels_is_refused():
+    spec = ViewSpec("a", 8)
+    out = torch.empty(1, 2, 8, 3, 8).movedim(3, -1)
+    with pytest.raises(ValueError, match="contiguous pixels or planes"):
+        colour_cpu(torch.zeros(1, 2, 8, 8, 3, dtype=torch.uint8), drawn(spec, 2, 8), spec, out, 0, 2)
 
 
 def test_normalisation_comes_last(ours):
