@@ -257,9 +257,11 @@ def _store(pixels: np.ndarray, notes: list[str], encoding: Encoding) -> Stored:
     """Resize where asked for, and encode."""
     height, width = pixels.shape[:2]
     if _is_reduced(height, width, encoding) and encoding.resolution is not None:
-        ratio = encoding.resolution / min(height, width)
-        size = (max(1, round(width * ratio)), max(1, round(height * ratio)))
-        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+        # As torchvision's Resize, filter and cut-off of the long side alike: central crops of a file that was reduced
+        # to 256 pixels are then those of the original images, and so are figures of an evaluation.
+        short = min(height, width)
+        size = (width * encoding.resolution // short, height * encoding.resolution // short)
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
         notes = [*notes, "reduced"]
     if max(pixels.shape[:2]) > MAX_SIDE:
         raise ImageRefused("too large", f"{width}x{height}; a side may have at most {MAX_SIDE} pixels")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.transforms.functional import resize
 
 from dataset_tools.images import Encoding, ImageRefused, prepare, rgb
 from pipelines.errors import ConfigError
@@ -283,6 +284,14 @@ def test_the_shorter_side_is_reduced_to_the_resolution(shape: tuple[int, int], e
             stored = prepare(image, Encoding(mode=mode, resolution=20))
             assert stored.pixels.shape == (*expected, 3)
             assert "reduced" in stored.notes
+
+
+@pytest.mark.parametrize("shape", [(100, 61), (61, 100), (97, 143)])
+def test_what_is_reduced_is_torchvisions_resize(shape: tuple[int, int]) -> None:
+    """A file reduced to 256 pixels must give the central crops that published protocols take of the originals."""
+    pixels = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    stored = prepare(pixels, Encoding(mode="raw", resolution=20))
+    assert (stored.pixels == np.asarray(resize(Image.fromarray(pixels), 20))).all()
 
 
 def test_nothing_is_enlarged() -> None:
