@@ -29,9 +29,10 @@ from torch import Tensor
 
 from pipelines import jpeg
 from pipelines.draw import ViewParams
+from pipelines.engines import RESIZES
 from pipelines.engines.decode import decode_sample
 from pipelines.engines.threads import ThreadedEngine
-from pipelines.errors import ConfigError, MissingExtraError
+from pipelines.errors import ConfigError, MissingExtraError, unknown_name
 from pipelines.pool import Pool
 from pipelines.views import ViewSpec
 
@@ -53,6 +54,8 @@ class Engine(ThreadedEngine):
 
     @staticmethod
     def check(spec: ViewSpec, resize: str) -> None:
+        if resize not in RESIZES:
+            raise ConfigError(unknown_name("data.resize", resize, RESIZES))
         if resize == "area" and spec.interpolation != "bilinear":
             raise ConfigError(
                 f"view {spec.name!r}: data.resize: area averages pixels and cannot be {spec.interpolation}; "

@@ -333,6 +333,8 @@ def test_area_is_ffcvs_alone():
     ffcv.Engine.check(bicubic, "antialias")
     with pytest.raises(ConfigError, match=r"'student'.*area.*bicubic"):
         ffcv.Engine.check(bicubic, "area")
+    with pytest.raises(ConfigError, match="did you mean 'area'"):
+        ffcv.Engine.check(spec, "aera")
 
 
 # -- damage
