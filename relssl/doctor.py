@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipelines.errors import MissingExtraError
+
 FFCV_APT = "g++ pkg-config libopencv-dev libturbojpeg0-dev"
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -200,18 +202,16 @@ def check_extra(name: str, module: str, distribution: str, extra: str) -> Check:
 
 
 def check_ffcv() -> Check:
-    """FFCV is compiled while it is installed, and imports OpenCV, which needs system libraries of its own."""
+    """FFCV is compiled while it is installed; our engine loads its library and nothing else of it."""
     name = "FFCV engine"
     if importlib.util.find_spec("ffcv") is None:
         return Check(name, "absent", "not installed", f"sudo apt-get install {FFCV_APT}; {_extra('ffcv')}")
+    from pipelines.engines.ffcv import load_library
+
     try:
-        importlib.import_module("ffcv")
-    except ImportError as error:
-        if "lib" in str(error) and ".so" in str(error):
-            advice = "sudo apt-get install libopencv-dev libturbojpeg0 libgl1 libglib2.0-0"
-        else:
-            advice = "pip install --force-reinstall --no-deps ffcv"
-        return Check(name, "problem", f"installed, does not import: {error}", advice)
+        load_library()
+    except MissingExtraError as error:
+        return Check(name, "problem", "installed, does not load", str(error))
     return Check(name, "ok", importlib.metadata.version("ffcv"))
 
 

@@ -471,7 +471,6 @@ def test_doctor_looks_at_everything() -> None:
 
 def test_doctor_reports_a_broken_library_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)  # makes `import numba` fail
-    monkeypatch.setattr(doctor, "check_ffcv", doctor.check_cores)  # takes seconds to import
     monkeypatch.setattr(doctor, "check_extra", lambda *_: doctor.check_cores())
     checks = doctor.doctor(ROOT)
     assert doctor.has_problem(checks)
