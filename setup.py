@@ -14,6 +14,8 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "relssl/_version.py").re
 # relssl.configs is the folder `configs/` of the source tree: recipes, only data.
 PACKAGES = [
     "relssl",
+    "relssl.bench",
+    "relssl.bench.peers",
     "relssl.configs",
     "relssl.evaluators",
     "relssl.losses",
@@ -49,6 +51,7 @@ EXTRAS = {
     "dali": ["nvidia-dali-cuda120>=2.4"],
     "track": ["tensorboard>=2.18"],
     "umap": ["umap-learn>=0.5.7"],
+    "bench": ["kornia>=0.7.4"],  # a peer of `relssl bench views`
     "export": ["timm>=1.0.12", "onnx>=1.18", "onnxruntime>=1.20"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})

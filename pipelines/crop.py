@@ -56,7 +56,8 @@ def crop_matmul(images: Tensor, ids: Tensor, params: ViewParams, dtype: torch.dt
     planes = images[ids].permute(0, 3, 1, 2).to(dtype).flatten(1, 2)  # (B, 3 H, W)
     rows = torch.matmul(planes, weight_x.transpose(-1, -2)).unflatten(2, (3, height))  # (V, B, 3, H, S)
     crops = torch.matmul(weight_y.unsqueeze(2), rows)
-    return (crops + 0.5).clamp_(0, 255).to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
+    # In float32 again: above 128, bfloat16 has no halves.
+    return (crops.float() + 0.5).clamp_(0, 255).to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
 
 
 def _interpolation_matrix(params: ViewParams, axis: int, length: int, device: torch.device) -> Tensor:

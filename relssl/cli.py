@@ -30,10 +30,15 @@ app = typer.Typer(
 )
 eval_app = typer.Typer(help="Evaluate a backbone: knn, linear.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
+bench_app = typer.Typer(help="Measure and prove: views, parity.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 # Verbs and evaluators of later versions: refused by name, so that nobody looks for a spelling mistake.
-PLANNED = ("import", "export", "bench", "compare", "ls", "saliency")
-PLANNED_EVALUATORS = ("finetune", "retrieval", "probe")
+PLANNED = ("import", "export", "compare", "ls", "saliency")
+PLANNED_PARTS = {
+    "eval": (("finetune", "retrieval", "probe"), "knn, linear"),
+    "bench": (("losses", "step", "budget"), "parity, views"),
+}
 
 # Click's base of usage errors. Typer carries click inside itself in some versions and depends on it in others.
 _UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -304,6 +309,85 @@ def eval_linear(
     _show(entry, chosen.folder)
 
 
+@bench_app.command("views")
+def bench_views(
+    data: Annotated[list[Path], typer.Argument(help=".beton file; several are one data set")],
+    case: Annotated[list[str] | None, typer.Option(help="2x224, 5sizes, cifar-k32, a recipe; repeatable")] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="auto or an engine's name; repeatable")] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="decode, ffcv, pil, torchvision-v2, kornia, none; all by default")
+    ] = None,
+    measure: Annotated[list[str] | None, typer.Option(help="crops or views; both by default")] = None,
+    baseline_data: Annotated[
+        list[Path] | None, typer.Option(help="the file that the peers read, such as the JPEGs of a raw file")
+    ] = None,
+    cores: Annotated[int | None, typer.Option(help="bind everybody to so many cores; all by default")] = None,
+    batch: Annotated[int, typer.Option(help="images of a batch")] = 64,
+    repeats: Annotated[int, typer.Option(help="rounds; in each everybody makes one pass")] = 5,
+    seconds: Annotated[float, typer.Option(help="how long one pass should take")] = 2.0,
+    device: Device = "auto",
+    resize: Annotated[str, typer.Option(help="antialias, or area for the ffcv engine")] = "antialias",
+    step: Annotated[str | None, typer.Option(help="a recipe: how much of its training step is waiting")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write every number here")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw a chart here: .svg, .png or .pdf")] = None,
+) -> None:
+    """Images per second, beside PIL, torchvision v2, stock FFCV and kornia in the same run."""
+    set_up_log()
+    from relssl.bench.table import text
+    from relssl.bench.views import Settings, check_outputs, write_outputs
+    from relssl.bench.views import bench_views as measure_views
+
+    check_outputs(json_file, plot)
+    settings = Settings(
+        data=data,
+        baseline=baseline_data or (),
+        cases=case or ("2x224",),
+        engines=engine or ("auto",),
+        peers=None if peer is None else [name for name in peer if name != "none"],
+        measures=measure or ("crops", "views"),
+        cores=cores,
+        batch=batch,
+        repeats=repeats,
+        seconds=seconds,
+        device=device,
+        resize=resize,
+        step=step,
+    )
+    result = measure_views(settings, command=command_line())
+    typer.echo(text(result))
+    for path in write_outputs(result, json_file, plot):
+        typer.echo(f"written: {path}")
+
+
+@bench_app.command("parity")
+def bench_parity(
+    file: Annotated[
+        Path | None, typer.Argument(help="a .beton whose images are used; by default photographs of scikit-learn")
+    ] = None,
+    images: Annotated[int, typer.Option(help="at most so many images of the file", min=1)] = 48,
+    engine: Annotated[list[str] | None, typer.Option(help="only this engine, as often as wanted")] = None,
+    device: Annotated[str, typer.Option(help="auto (the CPU, and CUDA where there is one), cpu, cuda, ...")] = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="write everything to this file")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="a page whose table for these images is written anew")] = None,
+) -> None:
+    """Compare every engine and colour path with PIL and torchvision; exits 1 when one is off."""
+    set_up_log()
+    from relssl.bench.parity import bench_parity as run_parity
+
+    passed = run_parity(
+        file,
+        num_images=images,
+        engines=engine,
+        device=device,
+        json_file=json_file,
+        markdown=markdown,
+        command=command_line(),
+        echo=typer.echo,
+    )
+    if not passed:
+        raise typer.Exit(1)
+
+
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
     """Write report.html into a run folder."""
@@ -417,8 +501,9 @@ def _whole_numbers(text: str, option: str) -> list[int]:
 def _refuse_planned(arguments: list[str]) -> None:
     if arguments and arguments[0] in PLANNED:
         raise ConfigError(f"`relssl {arguments[0]}` is not in this version yet; `relssl --help` lists what is")
-    if arguments[:1] == ["eval"] and len(arguments) > 1 and arguments[1] in PLANNED_EVALUATORS:
-        raise ConfigError(f"`relssl eval {arguments[1]}` is not in this version yet; there are: knn, linear")
+    planned, there = PLANNED_PARTS.get(arguments[0], ((), "")) if arguments else ((), "")
+    if len(arguments) > 1 and arguments[1] in planned:
+        raise ConfigError(f"`relssl {arguments[0]} {arguments[1]}` is not in this version yet; there are: {there}")
 
 
 def _say_error(message: str) -> None:

@@ -74,7 +74,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, command: str = "re
     # Accelerate reads this variable only in Accelerator itself, and the first state made decides on the processes.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     accelerator = Accelerator(
-        mixed_precision=_mixed_precision(recipe.train.precision, state.device),
+        mixed_precision=mixed_precision(recipe.train.precision, state.device),
         log_with="tensorboard" if recipe.train.tensorboard else None,
         project_dir=str(out),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
@@ -621,7 +621,7 @@ def _claimed(folder: RunFolder, recipe: Recipe, resume: bool) -> Iterator[None]:
         lock.release()
 
 
-def _mixed_precision(precision: str, device: torch.device) -> str:
+def mixed_precision(precision: str, device: torch.device) -> str:
     """Accelerate's name. `auto` is bfloat16 on GPUs that have it (compute capability 8.0 on), else float16.
 
     Raises:

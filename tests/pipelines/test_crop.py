@@ -84,14 +84,14 @@ def test_bicubic_is_pils_nearly_everywhere(height, width):
         assert (difference > 1).mean() <= 0.001, way
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 2), (torch.bfloat16, 4)])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1), (torch.bfloat16, 2)])
 def test_matrix_products_in_half_precision(dtype, most):
     images = smooth_images(24, 32, 32)
     params = drawn(SPECS["random"], len(images), 32, 32)
     crops = crop_matmul(torch.from_numpy(images), torch.arange(24), params, dtype).numpy().astype(int)
     difference = np.abs(crops - pil_crops(images, params))
     assert difference.max() <= most
-    assert difference.mean() <= 0.5
+    assert difference.mean() <= 0.35
 
 
 def test_pixels_outside_the_box_do_not_exist():

@@ -281,7 +281,7 @@ def test_each_image_is_decoded_once_for_all_its_views(jpegs, monkeypatch):
         imdecode = library.imdecode
 
         def count(*arguments):
-            calls.append(arguments[0])
+            calls.append(ctypes.string_at(arguments[0], arguments[1]))
             return imdecode(*arguments)
 
         return type("Library", (), {"imdecode": staticmethod(count), "resize": library.resize})

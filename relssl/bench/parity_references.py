@@ -1,0 +1,94 @@
+"""What the parity certificate compares with: PIL and torchvision, given parameters that `pipelines.draw` drew.
+
+One image at a time and in the libraries' own words, so that it can be read beside their documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision.transforms.functional as tv
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from pipelines.draw import OpParams, ViewParams
+
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+_ADJUST = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+_NEUTRAL = (1.0, 1.0, 1.0, 0.0)
+_TAPS = 23  # SimCLR's kernel at 224 pixels: more than four of its largest sigmas to either side
+
+
+def pil_crops(pictures: Sequence[np.ndarray], params: ViewParams) -> np.ndarray:
+    """Crops of B pictures (H, W, 3) uint8, cut out first and then resized: (V, B, S, S, 3) uint8."""
+    out = np.empty((*params.flip.shape, params.size, params.size, 3), np.uint8)
+    for v, b in np.ndindex(*params.flip.shape):
+        top, left, height, width = params.box[v, b].tolist()
+        (tall, wide), (y, x) = params.resized[v, b].tolist(), params.offset[v, b].tolist()
+        cut = Image.fromarray(np.ascontiguousarray(pictures[b][top : top + height, left : left + width]))
+        resized = np.asarray(cut.resize((wide, tall), RESAMPLING[params.interpolation]))
+        square = resized[y : y + params.size, x : x + params.size]
+        out[v, b] = square[:, ::-1] if params.flip[v, b] else square
+    return out
+
+
+def pil_colour(crops: np.ndarray, ops: Iterable[OpParams]) -> np.ndarray:
+    """Crops (V, B, S, S, 3) uint8 after the operations, by PIL: 8 bits after each of them."""
+    out = np.empty_like(crops)
+    for at in np.ndindex(*crops.shape[:2]):
+        out[at] = np.asarray(_coloured(Image.fromarray(crops[at]), ops, at, blur=_blur_pil, solarise=_solarise_pil))
+    return out
+
+
+def float_colour(crops: np.ndarray, ops: Iterable[OpParams]) -> np.ndarray:
+    """The same by torchvision's functionals in float; levels (V, B, S, S, 3) float32, not rounded."""
+    out = np.empty(crops.shape, np.float32)
+    for at in np.ndindex(*crops.shape[:2]):
+        planes = torch.from_numpy(crops[at]).permute(2, 0, 1).float() / 255
+        planes = _coloured(planes, ops, at, blur=_blur_float, solarise=tv.solarize)
+        out[at] = planes.permute(1, 2, 0).numpy() * 255
+    return out
+
+
+def _coloured(
+    image: Any,
+    ops: Iterable[OpParams],
+    at: tuple[int, ...],
+    *,
+    blur: Callable[[Any, float], Any],
+    solarise: Callable[[Any, float], Any],
+) -> Any:
+    """A PIL image, or a float tensor (3, S, S), through what was drawn for view and image `at`."""
+    for op in ops:
+        if not op.apply[at]:
+            continue
+        if op.name == "jitter":
+            for kind in op.order[at]:
+                factor = float(op.value[at][kind])
+                if factor != _NEUTRAL[kind]:  # ColorJitter leaves out what has no strength
+                    image = _ADJUST[kind](image, factor)
+        elif op.name == "grey":
+            image = tv.rgb_to_grayscale(image, num_output_channels=3)
+        elif op.name == "blur":
+            image = blur(image, float(op.value[at][0]))
+        elif op.name == "solarise":
+            image = solarise(image, float(op.value[at][0]))
+        else:
+            raise NotImplementedError(f"there is no reference for the operation {op.name!r}")
+    return image
+
+
+def _blur_pil(image: Image.Image, sigma: float) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(radius=sigma))
+
+
+def _solarise_pil(image: Image.Image, threshold: float) -> Image.Image:
+    return tv.solarize(image, round(threshold * 255))
+
+
+def _blur_float(planes: Tensor, sigma: float) -> Tensor:
+    return tv.gaussian_blur(planes, [_TAPS, _TAPS], [sigma, sigma])
