@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -236,7 +237,7 @@ def _resize_then_center(
     return resized, np.rint((resized - size) / 2.0).astype(np.int64)
 
 
-def _draw_ops(ops: Sequence[tuple[str, float, dict]], stream: Stream) -> PackedOps:
+def _draw_ops(ops: Sequence[Sequence[Any]], stream: Stream) -> PackedOps:
     """Leading axis V*B, still flat."""
     n = len(stream.keys)
     packed = PackedOps(
