@@ -3,24 +3,34 @@
     with beton.open("train.beton") as images:      # or several files, which then are one data set
         images.labels, images.heights, images.decode(7)
 
-A file is memory-mapped and read-only; opening checks all its tables (`beton_format`), and against its
-manifest when there is one, without reading the images. Reading is thread-safe. `write` (see `beton_write`)
-makes files that stock FFCV reads, `open` reads files that stock FFCV wrote.
+Opening checks all the tables of a file (`beton_format`), and against its manifest when there is one, without
+reading the images. Reading is thread-safe. `write` (see `beton_write`) makes files that stock FFCV reads,
+`open` reads files that stock FFCV wrote.
 
-What the manifest's hashes cover: `sha256_tables` the size of the file and every byte before and after the
-payloads, compared at every opening (31 MB for 1.28 million images); `sha256_payloads` the images themselves,
-compared by `verify`, which reads the whole file. A file that is cut after it was opened is noticed by
-`payload` as long as the cut came before the call; a cut during the access itself ends the process (SIGBUS),
-as with every memory map.
+What the manifest covers: `sha256_tables` the size of the file and every byte before and after the payloads,
+compared at every opening (61 MB for 1.28 million images); `fingerprints` a sample of the bytes of every
+payload, compared whenever it is read, so that exchanged, overwritten or zeroed images are noticed before
+anybody sees them under a wrong label; `sha256_payloads` every byte of the images, compared by `verify`, which
+reads the whole file. A file without manifest, and one whose manifest was written before there were
+fingerprints, is read without that comparison: there, two images of the same size that changed places are not
+noticed.
+
+Files are read by position and not memory-mapped, because a map turns a failing disk, a lost server or a file
+that is cut while it is open into the end of the process (SIGBUS). Here each of them is an InputError that names
+file and sample. It costs as much: a mapped payload has to be copied once too before it can be a tensor.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
+import itertools
 import json
-import mmap
 import os
-from collections.abc import Callable, Sequence
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +42,7 @@ from pipelines import jpeg
 from pipelines.beton_write import (
     MANIFEST_FORMAT,
     Manifest,
+    fingerprint,
     hash_of_content,
     hash_of_tables,
     manifest_path,
@@ -48,21 +59,21 @@ class Beton:
     """One open `.beton` file. N samples; sample ids are 0 ... N-1.
 
     Attributes: `path`; `labels` (N,) int64, -1 = none; `heights`, `widths` (N,) int32; `is_jpeg` (N,) bool,
-    False = raw RGB pixels; `offsets`, `sizes` (N,) int64, where the payloads lie in `data`; `data`, the file
-    as 1-D uint8; `manifest`, `classes`, `content_hash`, None where the file has no manifest; `fields`, the
-    names of its fields. Raises InputError when the file is absent, damaged, or does not belong to its
-    manifest.
+    False = raw RGB pixels; `offsets`, `sizes` (N,) int64, where the payloads lie in the file; `data`, the bytes of
+    the file, read when they are sliced; `manifest` without its fingerprints, `classes`, `content_hash`, None where
+    the file has no manifest; `fingerprints` (N,) uint32, None where the manifest has none; `fields`, the names of
+    its fields. Raises InputError when the file is absent, damaged, or does not belong to its manifest.
     """
 
     def __init__(self, path: PathLike) -> None:
         self.path = Path(path)
-        self._file = _open_file(self.path)
+        self.data = FileBytes(self.path)
         try:
-            self.data = _map(self._file, self.path)
             tables = fmt.read_tables(self.data, str(self.path))
             self.manifest = _read_manifest(self.path, self.data, tables)
+            self.fingerprints = _take_fingerprints(self.manifest, len(tables.labels), manifest_path(self.path))
         except BaseException:
-            self._file.close()
+            self.data.close()
             raise
         self.labels, self.heights, self.widths = tables.labels, tables.heights, tables.widths
         self.is_jpeg, self.offsets, self.sizes = tables.is_jpeg, tables.offsets, tables.sizes
@@ -86,21 +97,37 @@ class Beton:
         return self.manifest["content_hash"] if self.manifest else None
 
     def payload(self, i: int) -> np.ndarray:
-        """The stored bytes of sample i: 1-D uint8, read-only, not copied; JPEG or raw by `is_jpeg[i]`."""
+        """The stored bytes of sample i, JPEG or raw by `is_jpeg[i]`: 1-D uint8, the caller's own.
+
+        Raises InputError, naming file and sample, when they cannot be read or are not those that were written.
+        """
+        payload = self.read(i)
+        if not self.is_as_written(i, payload):
+            raise InputError(
+                f"{self.path}: sample {i}: not the bytes that were written for it (by their fingerprint in"
+                f" {manifest_path(self.path).name}): overwritten, or exchanged with another sample's"
+            )
+        return payload
+
+    def read(self, i: int) -> np.ndarray:
+        """As `payload`, but whatever bytes there are now."""
         if not 0 <= i < len(self):
             raise IndexError(f"{self.path}: sample {i} of {len(self)}")
-        if self._file.closed:
-            raise InputError(f"{self.path}: sample {i} asked for after the file was closed")
-        start, stop = int(self.offsets[i]), int(self.offsets[i] + self.sizes[i])
-        # Touching a page that no longer exists kills the process; a look at the size costs a microsecond.
-        if os.fstat(self._file.fileno()).st_size < stop:
-            raise InputError(f"{self.path}: cut off since it was opened: sample {i} ends at byte {stop}")
-        return self.data[start:stop]
+        start = int(self.offsets[i])
+        return self.data.read(start, start + int(self.sizes[i]), f"sample {i}")
+
+    def is_as_written(self, i: int, payload: np.ndarray) -> bool:
+        """Whether bytes have the fingerprint of sample i; True where it has none."""
+        return self.fingerprints is None or fingerprint(payload) == self.fingerprints[i]
 
     def decode(self, i: int) -> np.ndarray:
         """Pixels of sample i: (H, W, 3) uint8 RGB. Raises InputError, naming file and sample, when
         damaged."""
-        payload, shape = self.payload(i), (int(self.heights[i]), int(self.widths[i]))
+        return self.pixels(i, self.payload(i))
+
+    def pixels(self, i: int, payload: np.ndarray) -> np.ndarray:
+        """`decode` of bytes that were read already."""
+        shape = int(self.heights[i]), int(self.widths[i])
         if not self.is_jpeg[i]:
             return payload.reshape(*shape, 3)
         try:
@@ -112,8 +139,81 @@ class Beton:
             raise InputError(f"{self.path}: sample {i}: {error}") from error
 
     def close(self) -> None:
-        """Close the file. Views that `payload` gave out stay valid: the map lives as long as they do."""
-        self._file.close()
+        """Close the file, as soon as no thread reads from it any more."""
+        self.data.close()
+
+
+class FileBytes:
+    """The bytes of an open file by position, for any number of threads. `data[a:b]` is 1-D uint8, read anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: _File | None = _open_file(path)
+        self._length = os.fstat(self._file.fileno()).st_size
+        if not self._length:
+            raise InputError(f"{path}: an empty file (0 bytes), expected a .beton file")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(self._length)
+        return self.read(start, max(start, stop), "its tables")
+
+    def read(self, start: int, stop: int, what: str) -> np.ndarray:
+        """Bytes [start, stop) in memory of their own. Raises InputError, naming `what` they are, when not all of
+        them can be had."""
+        file = self._file  # held here, it stays open until this is done
+        if file is None:
+            raise InputError(f"{self.path}: {what} asked for after the file was closed")
+        content = np.empty(stop - start, np.uint8)
+        rest = content.data
+        while rest:
+            try:
+                got = _read_at(file.fileno(), rest, stop - len(rest))
+            except OSError as error:
+                raise InputError(f"{self.path}: {what} cannot be read: {error.strerror}") from error
+            if not got:
+                raise InputError(f"{self.path}: cut off since it was opened: {what} ends at byte {stop}")
+            rest = rest[got:]
+        return content
+
+    def chunks(self, start: int, stop: int, length: int = 1 << 18) -> Iterator[np.ndarray]:
+        """Bytes [start, stop), a few that stay in the processor's cache at a time."""
+        for position in range(start, stop, length):
+            yield self[position : min(position + length, stop)]
+
+    def close(self) -> None:
+        self._file = None
+
+
+class _File(io.FileIO):
+    """Closed when nobody holds it any more, and not before: the number of a closed file may already belong to the
+    next one that was opened, and its bytes would be taken for this one's."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _read_at(descriptor: int, into: memoryview, position: int) -> int:
+    """Read from a position as many bytes as come at once; how many they were."""
+    return os.preadv(descriptor, [into], position)
+
+
+_SEEKING = threading.Lock()
+
+
+def _seek_and_read(descriptor: int, into: memoryview, position: int) -> int:
+    """`_read_at` one thread after the other, for systems that cannot read by position: Windows."""
+    with _SEEKING:
+        os.lseek(descriptor, position, os.SEEK_SET)
+        content = os.read(descriptor, len(into))
+    into[: len(content)] = content
+    return len(content)
+
+
+if not hasattr(os, "preadv"):
+    _read_at = _seek_and_read
 
 
 class BetonSet:
@@ -233,29 +333,32 @@ def verify(path: PathLike, *, decode: bool = False, progress: Callable[[int, int
         )
         digest = hashlib.sha256()
         for i in range(len(file)):
-            digest.update(file.payload(i).data)
-            if decode:
-                _try_decode(file, i, report)
+            try:
+                _verify_sample(file, i, digest, report, decode=decode)
+            except InputError as error:
+                report.problems.append(str(error))
             if progress is not None:
                 progress(i + 1, len(file))
         if file.manifest is not None:
             report.payloads_hashed = True
             if digest.hexdigest() != file.manifest["sha256_payloads"]:
-                report.problems.append(f"{path}: the images are not those that were written (sha256 differs)")
+                report.problems.insert(0, f"{path}: the images are not those that were written (sha256 differs)")
     return report
 
 
-def _try_decode(file: Beton, i: int, report: VerifyReport) -> None:
-    try:
-        file.decode(i)
+def _verify_sample(file: Beton, i: int, digest: Any, report: VerifyReport, *, decode: bool) -> None:
+    payload = file.read(i)
+    digest.update(payload)
+    if not file.is_as_written(i, payload):
+        report.problems.append(f"{file.path}: sample {i}: not the bytes that were written for it")
+    if decode:
+        file.pixels(i, payload)
         report.decoded += 1
-    except InputError as error:
-        report.problems.append(str(error))
 
 
-def _open_file(path: Path) -> Any:
+def _open_file(path: Path) -> _File:
     try:
-        return path.open("rb")
+        return _File(path, "rb")
     except IsADirectoryError:
         raise InputError(
             f"{path} is a folder, expected a .beton file; make one: relssl convert {path} OUT.beton"
@@ -266,14 +369,7 @@ def _open_file(path: Path) -> Any:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _map(file: Any, path: Path) -> np.ndarray:
-    try:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except ValueError:
-        raise InputError(f"{path}: an empty file (0 bytes), expected a .beton file") from None
-
-
-def _read_manifest(path: Path, data: np.ndarray, tables: fmt.Tables) -> Manifest | None:
+def _read_manifest(path: Path, data: FileBytes, tables: fmt.Tables) -> Manifest | None:
     """The manifest beside the file, compared with it; None when there is none."""
     sidecar = manifest_path(path)
     try:
@@ -285,7 +381,8 @@ def _read_manifest(path: Path, data: np.ndarray, tables: fmt.Tables) -> Manifest
             f"{sidecar}: cannot be read as JSON ({error}); restore it, or delete it: it is optional"
         ) from error
     _check_manifest(manifest, sidecar)
-    found = hash_of_tables(len(data), data[: tables.head_end].data, data[tables.table_start :].data)
+    parts = itertools.chain(data.chunks(0, tables.head_end), data.chunks(tables.table_start, len(data)))
+    found = hash_of_tables(len(data), parts)
     if found != manifest["sha256_tables"]:
         raise InputError(
             f"{path} is not the file that {sidecar.name} describes (written: {manifest['samples']} samples,"
@@ -314,6 +411,22 @@ def _check_manifest(manifest: Any, sidecar: Path) -> None:
         raise InputError(f"{sidecar}: format {manifest['format']}, this version reads {MANIFEST_FORMAT}; convert again")
     if manifest["content_hash"] != hash_of_content(manifest["sha256_tables"], manifest["sha256_payloads"]):
         raise InputError(f"{sidecar}: its content hash does not follow from its other hashes; convert again")
+
+
+def _take_fingerprints(manifest: Manifest | None, count: int, sidecar: Path) -> np.ndarray | None:
+    """Remove the fingerprints from a manifest, decoded: (N,) uint32; None where there are none."""
+    entry = manifest.pop("fingerprints", None) if manifest else None
+    if entry is None:
+        return None
+    try:
+        packed = base64.b64decode(entry["values"])
+        if zlib.crc32(packed) != entry["crc32"] or len(packed) != 4 * count:
+            raise ValueError("damaged")
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{sidecar}: its fingerprints are damaged; restore it, or delete the entry: it is optional"
+        ) from None
+    return np.frombuffer(packed, "<u4").astype(np.uint32)
 
 
 def _common_classes(files: list[Beton]) -> list[str] | None:

@@ -11,6 +11,7 @@ payload never crosses a page boundary, because FFCV's page cache reads whole pag
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -81,7 +82,15 @@ class Tables:
     table_start: int  # the allocation table is the bytes [table_start, end of file)
 
 
-def read_tables(data: np.ndarray, where: str) -> Tables:
+class Bytes(Protocol):
+    """The bytes of a file: an array of them, or what reads them when it is sliced."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
+def read_tables(data: Bytes, where: str) -> Tables:
     """Parse and check the tables of a whole file `data` (1-D uint8); InputError says what is wrong and where.
 
     Everything is checked that does not need the payloads to be read: version, table lengths, every pointer
@@ -115,7 +124,7 @@ def read_tables(data: np.ndarray, where: str) -> Tables:
     return tables
 
 
-def _header(data: np.ndarray, where: str) -> np.void:
+def _header(data: Bytes, where: str) -> np.void:
     if len(data) < HEADER.itemsize:
         raise InputError(
             f"{where}: {len(data)} bytes long, a .beton file begins with {HEADER.itemsize} bytes of header"
@@ -130,7 +139,7 @@ def _header(data: np.ndarray, where: str) -> np.void:
     return header
 
 
-def _fields(data: np.ndarray, count: int, where: str) -> tuple[list[str], list[int]]:
+def _fields(data: Bytes, count: int, where: str) -> tuple[list[str], list[int]]:
     end = HEADER.itemsize + count * DESCRIPTOR.itemsize
     if count == 0:
         raise InputError(f"{where}: damaged header: 0 fields")

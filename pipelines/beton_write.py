@@ -8,16 +8,23 @@ held in memory but 40 bytes per sample.
 The file appears under its name only when it is whole: everything is written to `.NAME.partial` in the same
 folder, flushed to the disk, and renamed, the manifest first. A second writer of the same file is refused;
 what a killed one has left behind is overwritten by the next.
+
+The manifest's `fingerprints` came later than format 1 did, as an entry that may be absent: this version reads
+manifests without it, and versions that do not know it read manifests that have it, so the number stays. It is
+`values`, base64 of one little-endian uint32 per sample, and `crc32`, the CRC-32 of what that encodes: for 1.28
+million images 6.8 MB in the manifest and 5 MB in memory.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import hashlib
 import importlib.util
 import json
 import os
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from io import BufferedRandom, FileIO
@@ -122,6 +129,7 @@ class _Writer:
         self._position = -1  # where the file stands, when known
         self._modes, self._heights, self._widths = array("B"), array("H"), array("H")
         self._labels, self._offsets, self._sizes = array("q"), array("Q"), array("Q")
+        self._fingerprints = array("I")
         self.payload_hash = hashlib.sha256()
         self.page_size = MIN_PAGE
         self.tables_hash = ""
@@ -140,6 +148,11 @@ class _Writer:
         return np.stack([np.frombuffer(self._heights, np.uint16), np.frombuffer(self._widths, np.uint16)], axis=1)
 
     @property
+    def fingerprints(self) -> bytes:
+        """One little-endian uint32 per sample."""
+        return np.frombuffer(self._fingerprints, np.uint32).astype("<u4").tobytes()
+
+    @property
     def jpegs(self) -> int:
         return self._modes.count(fmt.JPEG)
 
@@ -153,6 +166,7 @@ class _Writer:
         if self.count == self._room:
             self._double_room()
         self.payload_hash.update(payload)
+        self._fingerprints.append(fingerprint(payload))
         self._offsets.append(self._put(payload))
         self._sizes.append(len(payload))
         self._modes.append(mode)
@@ -209,7 +223,7 @@ class _Writer:
         self._file.truncate(self._end)
         self._file.seek(0)
         self._file.write(head)
-        self.tables_hash = hash_of_tables(self._end, head, table.tobytes())
+        self.tables_hash = hash_of_tables(self._end, [head, table.tobytes()])
 
 
 def _encode(image: Image, sample: int) -> tuple[bytes | memoryview, int, int, int]:
@@ -231,11 +245,25 @@ def _encode(image: Image, sample: int) -> tuple[bytes | memoryview, int, int, in
     return payload, height, width, mode
 
 
-def hash_of_tables(file_size: int, head: bytes | memoryview, table: bytes | memoryview) -> str:
-    """SHA-256 over the size of the file and every byte of it but the payloads: cheap even for a huge file."""
+def fingerprint(payload: bytes | memoryview | np.ndarray) -> int:
+    """CRC-32, begun with its length, of bytes that are spread evenly over a payload: all of up to 6 kB, about one or
+    two thousand of more, which takes microseconds.
+
+    It tells a payload from any other that may have come into its place, whole or in part, without reading it twice
+    as a hash would; it does not notice every changed byte. The distance between the bytes has no factor in common
+    with 2 or 3, so that they lie in all channels and columns of raw images.
+    """
+    content = np.frombuffer(payload, np.uint8)
+    distance = len(content) // 6144 * 6 + 1
+    return zlib.crc32(content[::distance].tobytes(), len(content))
+
+
+def hash_of_tables(file_size: int, parts: Iterable[bytes | np.ndarray]) -> str:
+    """SHA-256 over the size of the file and every byte of it but the payloads, which come in any number of `parts`:
+    cheap even for a huge file."""
     digest = hashlib.sha256(file_size.to_bytes(8, "little"))
-    digest.update(head)
-    digest.update(table)
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
 
 
@@ -263,7 +291,12 @@ def _manifest(path: Path, writer: _Writer, classes: list[str] | None, about: dic
         "sha256_tables": writer.tables_hash,
         "sha256_payloads": payload_hash,
         "content_hash": hash_of_content(writer.tables_hash, payload_hash),
+        "fingerprints": {"crc32": zlib.crc32(writer.fingerprints), "values": _base64(writer.fingerprints)},
     }
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
 
 
 def _partial(path: Path) -> Path:

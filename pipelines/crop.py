@@ -25,16 +25,19 @@ def crop_small(
     Args:
         images: (N, H, W, 3) uint8, C-contiguous; smaller images lie in the top left corner.
         ids: (B,) int64 rows of `images`.
-        params: the boxes; they must lie inside the images, which `draw` guarantees.
+        params: the boxes.
         out: (V, B, S, S, 3) uint8, C-contiguous; rows start ... stop-1 of its second axis are overwritten.
+
+    Raises:
+        ValueError: a box leaves the image, or the square leaves the resized box.
     """
     cubic = params.interpolation == "bicubic"
-    scale = max(float((params.box[..., 2:] / params.resized).max()), 1.0)
+    stop = len(ids) if stop is None else stop
+    scale = max(float((params.box[:, start:stop, 2:] / params.resized[:, start:stop]).max()), 1.0)
     taps = 2 * int(np.ceil(scale * (2 if cubic else 1))) + 2
     kernels.crop_rows(
-        images, ids, params.box, params.resized, params.offset, params.flip, cubic, out, taps,
-        start, len(ids) if stop is None else stop,
-    )  # fmt: skip
+        images, ids, params.box, params.resized, params.offset, params.flip, cubic, out, taps, start, stop
+    )
 
 
 def crop_matmul(images: Tensor, ids: Tensor, params: ViewParams, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,37 +54,45 @@ def crop_matmul(images: Tensor, ids: Tensor, params: ViewParams, dtype: torch.dt
         (V, B, S, S, 3) uint8 on the device of `images`.
     """
     height, width = images.shape[1:3]
-    weight_y = _interpolation_matrix(params, 0, height, images.device).to(dtype)
+    views, batch, size = params.count, len(ids), params.size
     weight_x = _interpolation_matrix(params, 1, width, images.device).to(dtype)
+    columns = weight_x.permute(1, 3, 0, 2).reshape(batch, width, views * size)  # each image once for all its views
     planes = images[ids].permute(0, 3, 1, 2).to(dtype).flatten(1, 2)  # (B, 3 H, W)
-    rows = torch.matmul(planes, weight_x.transpose(-1, -2)).unflatten(2, (3, height))  # (V, B, 3, H, S)
-    crops = torch.matmul(weight_y.unsqueeze(2), rows)
+    rows = torch.matmul(planes, columns).view(batch, 3, height, views, size)
+    rows = rows.permute(3, 0, 2, 1, 4).reshape(views, batch, height, 3 * size)
+    crops = torch.matmul(_interpolation_matrix(params, 0, height, images.device).to(dtype), rows)
     # In float32 again: above 128, bfloat16 has no halves.
-    return (crops.float() + 0.5).clamp_(0, 255).to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
+    crops = (crops.float() + 0.5).clamp_(0, 255).to(torch.uint8).view(views, batch, size, 3, size)
+    return crops.transpose(3, 4).contiguous()
 
 
 def _interpolation_matrix(params: ViewParams, axis: int, length: int, device: torch.device) -> Tensor:
-    """(V, B, S, length) float32 weights of one axis (0 = rows, 1 = columns), zero outside the box."""
+    """(V, B, S, length) float32 weights of one axis (0 = rows, 1 = columns), zero outside the box.
+
+    Where taps begin and end is found in double precision, on (V, B, S) numbers; distances to the first of them are
+    small, so the weights themselves need none.
+    """
     doubles = device.type != "mps"  # Apple's GPUs have none
     numbers = np.stack(
         [params.box[..., axis], params.box[..., axis + 2], params.resized[..., axis], params.offset[..., axis],
          params.flip & (axis == 1)]
     ).astype(np.float64 if doubles else np.float32)  # fmt: skip
-    low, n_in, resized, offset, flip = on_device(numbers, device)[..., None, None].unbind(0)
+    low, n_in, resized, offset, flip = on_device(numbers, device)[..., None].unbind(0)
     scale = n_in / resized
     filter_scale = scale.clamp(min=1.0)
     cubic = params.interpolation == "bicubic"
     radius = filter_scale * (2.0 if cubic else 1.0)
-    out = torch.arange(params.size, dtype=low.dtype, device=device).view(-1, 1)
+    out = torch.arange(params.size, dtype=low.dtype, device=device)
     out = torch.where(flip > 0, params.size - 1 - out, out)
     centre = (out + offset + 0.5) * scale
-    at = torch.arange(length, dtype=low.dtype, device=device) - low
     first = (centre - radius + 0.5).floor().clamp(min=0)
-    last = torch.minimum((centre + radius + 0.5).floor(), n_in)
-    distance = ((at + 0.5 - centre) / filter_scale).abs()
+    taps = torch.minimum((centre + radius + 0.5).floor(), n_in) - first
+    nearest = (first + 0.5 - centre).float().unsqueeze(-1)
+    tap = torch.arange(length, dtype=torch.float32, device=device) - (low + first).float().unsqueeze(-1)
+    distance = ((tap + nearest) / filter_scale.float().unsqueeze(-1)).abs()
     weight = _cubic(distance) if cubic else (1 - distance).clamp(min=0)
-    weight = weight * ((at >= first) & (at < last))
-    return (weight / weight.sum(-1, keepdim=True)).float()
+    weight = weight * ((tap >= 0) & (tap < taps.float().unsqueeze(-1)))
+    return weight / weight.sum(-1, keepdim=True)
 
 
 def _cubic(x: Tensor) -> Tensor:
@@ -96,8 +107,11 @@ def crop_image(image: Tensor, params: ViewParams, row: int, out: Tensor) -> None
 
     Args:
         image: (3, H, W) uint8 on the CPU whose memory is H x W x 3, as JPEG decoders leave it.
-        params, row: the boxes, which must lie inside the image, and which of them.
+        params, row: the boxes, and which of them.
         out: (V, B, S, S, 3) uint8, C-contiguous; `row` of its second axis is overwritten.
+
+    Raises:
+        ValueError: a box leaves the image, or the square leaves the resized box.
     """
     kernels.crop_image(
         image.permute(1, 2, 0).numpy(), params.box, params.resized, params.offset, params.flip,

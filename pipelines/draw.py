@@ -222,9 +222,10 @@ def _random_resized(
 
 
 def _central_fallback(heights: np.ndarray, widths: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
+    """The largest central box whose ratio is allowed; one pixel where none is, as in an image one pixel high."""
     aspect = widths / heights
-    w = np.where(aspect > max(ratio), np.rint(heights * max(ratio)), widths).astype(np.int64)
-    h = np.where(aspect < min(ratio), np.rint(widths / min(ratio)), heights).astype(np.int64)
+    w = np.where(aspect > max(ratio), np.maximum(np.rint(heights * max(ratio)), 1), widths).astype(np.int64)
+    h = np.where(aspect < min(ratio), np.maximum(np.rint(widths / min(ratio)), 1), heights).astype(np.int64)
     return np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1)
 
 

@@ -8,7 +8,8 @@ are the same for any number of threads and on every x86-64 processor. Constants 
 turn a whole loop into float64. Computed indices of inner loops are unsigned: for signed ones numba tests whether they
 are negative, which keeps loops from being vectorised.
 
-No bounds are checked here; `pipelines.crop` and `pipelines.colour` are the doors, and check.
+Boxes are checked here, as they decide about what is read; shapes of arrays are the callers' business, `pipelines.crop`
+and `pipelines.colour`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,15 @@ JITTER, GREY, BLUR, SOLARISE = KINDS["jitter"], KINDS["grey"], KINDS["blur"], KI
 
 
 # -- antialiased resampling
+
+
+@_compiled
+def _check(box, resized, offset, size, height, width):  # type: ignore[no-untyped-def]
+    """Before memory is read that is another image's, or nobody's."""
+    if box[0] < 0 or box[1] < 0 or box[2] < 1 or box[3] < 1 or box[0] + box[2] > height or box[1] + box[3] > width:
+        raise ValueError("a crop's box does not lie inside its image")
+    if offset[0] < 0 or offset[1] < 0 or offset[0] + size > resized[0] or offset[1] + size > resized[1]:
+        raise ValueError("a crop's square does not lie inside its resized box")
 
 
 @_compiled
@@ -140,6 +150,7 @@ def crop_image(image, box, resized, offset, flip, cubic, out, b):  # type: ignor
     line = np.empty(3 * size + 1, np.float32)
     for v in range(views):
         top, left, height, width = box[v, b, 0], box[v, b, 1], box[v, b, 2], box[v, b, 3]
+        _check(box[v, b], resized[v, b], offset[v, b], size, image.shape[0], image.shape[1])
         start_y, count_y, _, weight_y = _tables(size, _most_taps(height, resized[v, b, 0], cubic))
         start_x, count_x, _, weight_x = _tables(size, max(16, _most_taps(width, resized[v, b, 1], cubic)))
         weight_x[:] = ZERO
@@ -254,6 +265,8 @@ def crop_rows(images, ids, box, resized, offset, flip, cubic, out, taps, first_r
     x_tables = _tables(size, taps)
     y_tables = _tables(size, taps)
     for b in range(first_row, last_row):
+        for v in range(views):
+            _check(box[v, b], resized[v, b], offset[v, b], size, images.shape[1], images.shape[2])
         _load_source(images[ids[b]], box[:, b], source)
         for v in range(views):
             top, left, height, width = box[v, b, 0], box[v, b, 1], box[v, b, 2], box[v, b, 3]
@@ -344,13 +357,13 @@ def _vertical(lines, low, start, count, weight, crop):  # type: ignore[no-untype
 
 
 @_compiled
-def colour_rows(crops, kinds, apply, value, order, scale, shift, out, planar, scratch, first_row, last_row):  # type: ignore[no-untyped-def]
+def colour_rows(crops, kinds, apply, value, order, scale, shift, out, out_row, planar, scratch, first_row, last_row):  # type: ignore[no-untyped-def]
     """Turn rows first_row ... last_row-1 of a batch of 8-bit crops into normalised views.
 
     crops (V, B, S, S, 3) uint8; kinds (O,) codes of the operations in their order; apply (V, B, O) bool, value
     (V, B, O, 4) float32, order (V, B, O, 4) uint8 as in `pipelines.draw.PackedOps`; scale, shift (3,) float32: a pixel
-    x in [0, 1] becomes x * scale + shift; out (V, B, 3 S S) float32, or uint16 for the bits of bfloat16, as planes or
-    interleaved; scratch: at least 4 S S + 4 S numbers.
+    x in [0, 1] becomes x * scale + shift; out (V, n, 3 S S) float32, or uint16 for the bits of bfloat16, as planes or
+    interleaved, of which row 0 is row `out_row` of the batch; scratch: at least 4 S S + 4 S numbers.
     """
     views, size = crops.shape[0], crops.shape[2]
     n = size * size
@@ -372,9 +385,9 @@ def colour_rows(crops, kinds, apply, value, order, scale, shift, out, planar, sc
                 else:
                     _solarise(planes, value[v, b, i, 0])
             if planar:
-                _store_planes(planes, scale, shift, out[v, b])
+                _store_planes(planes, scale, shift, out[v, b - out_row])
             else:
-                _store_pixels(planes, scale, shift, out[v, b])
+                _store_pixels(planes, scale, shift, out[v, b - out_row])
 
 
 @_compiled

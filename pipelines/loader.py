@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from pipelines.colour import colour
 from pipelines.crop import on_device
 from pipelines.draw import ViewParams, counter_hash, draw
 from pipelines.engines import choose_engine, engine_class
-from pipelines.errors import ConfigError, InputError, RunError
+from pipelines.engines.decode import place
+from pipelines.errors import ConfigError, InputError, RelsslError, RunError
 from pipelines.memory import Recycler
 from pipelines.order import batch_sizes, local_positions, permutation
 from pipelines.pool import Pool, default_workers
@@ -60,11 +63,14 @@ class ViewLoader:
             empty gets no batch for it.
 
     `set_position(epoch, update)` is its whole state. Iterating yields the micro-batches from there to the end of
-    the epoch, `num_micro` per update. `close()` ends its threads; it is also a context manager.
+    the epoch, `num_micro` per update; several iterators may be in use at once, and each may be left at any time.
+    `close()` ends its threads, at once and whatever they are doing; it is also a context manager.
 
     Raises:
         ConfigError: batch and data do not fit, or the engine cannot make a view.
         InputError: a data file is refused.
+        RunError: while iterating: too many images are unreadable; the views of an image could not be made for a
+            reason nobody expected, which is the cause; the loader is closed, or was made by another process.
     """
 
     def __init__(
@@ -89,16 +95,18 @@ class ViewLoader:
     ):
         self.phases = _checked_phases(phases)
         self.global_batch, self.num_micro = global_batch, num_micro
-        self.device, self.dtype, self.channels_last = torch.device(device), dtype, channels_last
+        self.device, self.dtype, self.channels_last = _numbered(torch.device(device)), dtype, channels_last
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.shuffle = shuffle
         self.epoch, self.update = 0, 0
         self._unreadable: set[int] = set()
         self._lock = threading.Lock()
+        self._process, self._closed = os.getpid(), False
         self._owns_files = isinstance(files, (str, Path, list, tuple))
         self.files = beton.open(files) if self._owns_files else files
         try:
-            self._unreadable_limit = math.ceil(max_unreadable * len(self.files))
+            # One at least has to be readable, or the search for a replacement would not end.
+            self._unreadable_limit = min(math.ceil(max_unreadable * len(self.files)), len(self.files) - 1)
             self.sizes = batch_sizes(
                 len(self.files),
                 global_batch,
@@ -145,39 +153,62 @@ class ViewLoader:
         self.epoch, self.update = epoch, update
 
     def __iter__(self) -> Iterator[ViewBatch]:
-        epoch = self.epoch
+        self._check_usable()
+        return self._batches(self.epoch, self.update)
+
+    def _batches(self, epoch: int, update: int) -> Iterator[ViewBatch]:
         if self.shuffle:
             order = permutation(self.seed, epoch, len(self.files))
         else:
             order = np.arange(len(self.files), dtype=np.int64)
         jobs = (
             (update, micro)
-            for update in range(self.update, len(self.sizes))
+            for update in range(update, len(self.sizes))
             for micro in range(self.num_micro)
             if self.sizes[update] > micro + self.num_micro * self.rank  # this rank's share is not empty
         )
         if self._feeder is None:
             for update, micro in jobs:
+                self._check_usable()
                 yield self._finish(self._prepare(epoch, order, update, micro))
             return
         waiting: deque[Future] = deque()
         try:
             for update, micro in jobs:
+                self._check_usable()
                 waiting.append(self._feeder.submit(self._prepare, epoch, order, update, micro))
                 if len(waiting) > _AHEAD:
-                    yield self._finish(waiting.popleft().result())
+                    yield self._finish(self._result(waiting.popleft()))
             while waiting:
-                yield self._finish(waiting.popleft().result())
+                yield self._finish(self._result(waiting.popleft()))
         finally:
             for job in waiting:  # an abandoned epoch leaves no work behind
                 job.cancel()
 
+    def _result(self, job: Future) -> _Prepared:
+        self._check_usable()
+        try:
+            return job.result()
+        except CancelledError:  # by `close`, in another thread
+            raise _closed() from None
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise _closed()
+        if os.getpid() != self._process:  # to wait for threads that are not there would be to wait forever
+            raise RunError(
+                f"this loader was made by process {self._process} and its threads are there, not in process "
+                f"{os.getpid()}, which was forked from it; open a loader in the process that uses it"
+            )
+
     def close(self) -> None:
-        """End threads and release memory; the loader cannot be used afterwards."""
-        if self._feeder is not None:
-            self._feeder.shutdown(wait=True, cancel_futures=True)
+        """End threads and release memory; the loader cannot be used afterwards. What was being made is dropped."""
+        self._closed = True
+        if os.getpid() == self._process:  # elsewhere there are no threads to wait for
+            self.pool.close()  # first: a batch in the making ends with the images that are in work
+            if self._feeder is not None:
+                self._feeder.shutdown(wait=True, cancel_futures=True)
         self.engine.close()
-        self.pool.close()
         self._memory.clear()
         if self._owns_files:
             self.files.close()
@@ -209,15 +240,18 @@ class ViewLoader:
             return int(index[row])
 
         if self.device.type != "cpu":
-            crops = self.engine.crops(index.copy(), params, replace)
+            with self._naming(index):
+                crops = self.engine.crops(index.copy(), params, replace)
             return _Prepared(plan, index, position, params, crops, None)
         made = self._allocate(plan, len(index))
 
         def finish(crops: list[Tensor], start: int, stop: int) -> None:
-            for spec, view, crop, out in zip(plan, params, crops, made[0], strict=True):
-                colour(crop, view, spec, out, start, stop)
+            with self._naming(index[start:stop]):
+                for spec, view, crop, out in zip(plan, params, crops, made[0], strict=True):
+                    colour(crop, view, spec, out, start, stop)
 
-        self.engine.crops(index.copy(), params, replace, finish)
+        with self._naming(index):
+            self.engine.crops(index.copy(), params, replace, finish)
         return _Prepared(plan, index, position, params, [], made)
 
     def _finish(self, prepared: _Prepared) -> ViewBatch:
@@ -227,13 +261,28 @@ class ViewLoader:
         if made is None:
             made = self._allocate(plan, len(prepared.index))
             for spec, view, crop, out in zip(plan, prepared.params, prepared.crops, made[0], strict=True):
-                colour(crop.to(self.device, non_blocking=True), view, spec, out)
+                crop = crop.to(self.device, non_blocking=True)
+                if crop.is_cuda:  # an engine may have made it on a stream of its own
+                    crop.record_stream(torch.cuda.current_stream(self.device))
+                colour(crop, view, spec, out)
         buffers, storage = made
         index, label, position = (
             on_device(np.ascontiguousarray(values, dtype=np.int64), self.device)
             for values in (prepared.index, self.files.labels[prepared.index], prepared.position)
         )
         return ViewBatch(named_views(plan, buffers), index, label, position, storage)
+
+    @contextmanager
+    def _naming(self, index: np.ndarray) -> Iterator[None]:
+        """Turn an error that nobody expected into a RunError that says which images were in work."""
+        try:
+            yield
+        except RelsslError:
+            raise
+        except Exception as error:
+            others = f" or one of the {len(index) - 1} images after it in the batch" if len(index) > 1 else ""
+            reason = f"{type(error).__name__}: {error}"
+            raise RunError(f"{place(self.files, int(index[0]))}{others}: {reason}") from error
 
     def _allocate(self, plan: Sequence[ViewSpec], batch: int) -> tuple[list[Tensor], dict[str, Tensor]]:
         return allocate(plan, batch, self.device, self.dtype, channels_last=self.channels_last, memory=self._memory)
@@ -275,6 +324,17 @@ class _Prepared:
     params: list[ViewParams]
     crops: list[Tensor]
     made: tuple[list[Tensor], dict[str, Tensor]] | None
+
+
+def _closed() -> RunError:
+    return RunError("the loader is closed; open another one, or close it later")
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """`cuda` as the device that it means in this thread: threads of the loader may have another current one."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _checked_phases(phases: Sequence[Phase]) -> list[Phase]:

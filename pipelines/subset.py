@@ -11,8 +11,11 @@ class Subset:
     """Rows `ids` of an open data set; sample id i here is `ids[i]` there. Closing it leaves the data set open."""
 
     def __init__(self, files: Any, ids: np.ndarray):
+        ids = np.asarray(ids, dtype=np.int64)
+        if isinstance(files, Subset):  # ids are always those of the whole data set: they are what views are drawn by
+            files, ids = files.files, files.ids[ids]
         self.files = files
-        self.ids = np.asarray(ids, dtype=np.int64)
+        self.ids = ids
         self.labels = files.labels[self.ids]
         self.heights, self.widths = files.heights[self.ids], files.widths[self.ids]
         self.is_jpeg = files.is_jpeg[self.ids]

@@ -362,7 +362,8 @@ def bench_views(
 @bench_app.command("parity")
 def bench_parity(
     file: Annotated[
-        Path | None, typer.Argument(help="a .beton whose images are used; by default photographs of scikit-learn")
+        Path | None,
+        typer.Argument(help="a .beton whose images are used; by default photographs of scikit-learn and matplotlib"),
     ] = None,
     images: Annotated[int, typer.Option(help="at most so many images of the file", min=1)] = 48,
     engine: Annotated[list[str] | None, typer.Option(help="only this engine, as often as wanted")] = None,

@@ -51,7 +51,11 @@ class Data(Section):
     probe: str | list[str] | None = Field(None, description="labelled data for kNN and linear; `train` when absent")
     engine: str = "auto"
     resize: Literal["antialias", "area"] = Field("antialias", description="area: FFCV's own, ffcv engine only")
-    workers: int | None = Field(None, ge=1, description="threads that make views; all cores when absent")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="threads that make views; when absent, a share of the cores for each process of the machine",
+    )
 
     @field_validator("engine")
     @classmethod

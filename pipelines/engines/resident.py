@@ -6,7 +6,6 @@ images, and for many views of each image.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ from pipelines.draw import ViewParams
 from pipelines.engines import Finish, Replace, refuse_area
 from pipelines.engines.decode import decode_sample
 from pipelines.errors import ConfigError, InputError
+from pipelines.machine import free_memory
+from pipelines.memory import Recycler
 from pipelines.pool import Pool
 from pipelines.views import ViewSpec
 
@@ -33,6 +34,7 @@ class Engine:
     def __init__(self, files: Any, *, device: torch.device, pool: Pool, resize: str = "antialias"):
         self.device, self.pool = device, pool
         self.ASYNC = device.type == "cpu"  # on an accelerator the crops are queued behind the step anyway
+        self._memory = Recycler()
         self.unreadable: dict[int, InputError] = {}
         shape = (len(files), int(files.heights.max()), int(files.widths.max()), 3)
         _check_memory(shape, device)
@@ -64,7 +66,7 @@ class Engine:
             dtype = _CUDA_DTYPE if self.device.type == "cuda" else torch.float32
             return [crop_matmul(self.images, rows, view, dtype) for view in params]
         images = self.images.numpy()
-        crops = [torch.empty((p.count, len(ids), p.size, p.size, 3), dtype=torch.uint8) for p in params]
+        crops = [self._memory.empty((p.count, len(ids), p.size, p.size, 3), torch.uint8) for p in params]
 
         def make(start: int, stop: int) -> None:
             for view, buffer in zip(params, crops, strict=True):
@@ -77,6 +79,7 @@ class Engine:
         return crops
 
     def close(self) -> None:
+        self._memory.clear()
         self.images = torch.empty(0, dtype=torch.uint8)
 
     def _readable(self, ids: np.ndarray, replace: Replace) -> np.ndarray:
@@ -92,19 +95,10 @@ class Engine:
 
 def _check_memory(shape: tuple[int, ...], device: torch.device) -> None:
     needed = int(np.prod(shape))
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    free = free_memory(device)
     if free is not None and needed > _MEMORY_SHARE * free:
         raise ConfigError(
             f"the resident engine would hold {shape[0]} images of up to {shape[1]}x{shape[2]} pixels, "
             f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {device}; "
             "set data.engine: torchvision"
         )
-
-
-def available_memory() -> int | None:
-    """Bytes that can be had without swapping, the page cache included; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)

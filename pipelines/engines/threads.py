@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 from pipelines.crop import crop_image
 from pipelines.draw import ViewParams
 from pipelines.engines import Finish, Replace, refuse_area
+from pipelines.engines.decode import naming
 from pipelines.errors import InputError
 from pipelines.pool import Pool
 from pipelines.views import ViewSpec
@@ -50,9 +50,10 @@ class ThreadedEngine:
 
         def make(start: int, stop: int) -> None:
             for row in range(start, stop):
-                image = decode_or_replace(self.decode, int(ids[row]), row, replace)
-                for view, buffer in zip(params, crops, strict=True):
-                    self.crop(image, view, row, buffer)
+                index, image = self._readable(int(ids[row]), row, replace)
+                with naming(self.files, index):
+                    for view, buffer in zip(params, crops, strict=True):
+                        self.crop(image, view, row, buffer)
             if finish is not None:
                 finish(crops, start, stop)
 
@@ -78,11 +79,11 @@ class ThreadedEngine:
                     return spare
         return [torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin) for shape in shapes]
 
-
-def decode_or_replace(decode: Callable[[int], Tensor], index: int, row: int, replace: Replace) -> Tensor:
-    """Decode a sample, or the one that replaces it, or the one that replaces that."""
-    while True:
-        try:
-            return decode(index)
-        except InputError as error:
-            index = replace(row, error)
+    def _readable(self, index: int, row: int, replace: Replace) -> tuple[int, Tensor]:
+        """A sample, or the one that replaces it, or the one that replaces that; decoded."""
+        while True:
+            try:
+                with naming(self.files, index):
+                    return index, self.decode(index)
+            except InputError as error:
+                index = replace(row, error)

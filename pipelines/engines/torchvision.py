@@ -1,6 +1,6 @@
-"""The default engine: torchvision's JPEG decoder and antialiased 8-bit resize in a pool of threads.
+"""The default engine: torchvision's JPEG decoder and our antialiased resize in a pool of threads.
 
-Decoder and resize release the GIL, so threads scale without copies between processes.
+Both release the GIL, so threads scale without copies between processes.
 """
 
 from __future__ import annotations

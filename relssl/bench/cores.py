@@ -10,11 +10,7 @@ from pathlib import Path
 import torch
 
 from pipelines.errors import ConfigError
-
-
-def allowed_cores() -> int:
-    """Cores this process may use now."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from pipelines.pool import available_cores
 
 
 @contextmanager
@@ -28,12 +24,12 @@ def bound_to(cores: int | None) -> Iterator[int]:
         ConfigError: fewer cores are there, or the system cannot bind processes.
     """
     if cores is None:
-        yield allowed_cores()
+        yield available_cores()
         return
     if not hasattr(os, "sched_setaffinity"):
         raise ConfigError("binding a process to cores needs Linux; leave --cores out to use all of them")
-    if not 1 <= cores <= allowed_cores():
-        raise ConfigError(f"--cores is between 1 and {allowed_cores()}, the cores this process may use; got {cores}")
+    if not 1 <= cores <= available_cores():
+        raise ConfigError(f"--cores is between 1 and {available_cores()}, the cores this process may use; got {cores}")
     everything = os.sched_getaffinity(0)
     before = {thread: os.sched_getaffinity(thread) for thread in _threads()}
     chosen = set(sorted(everything)[:cores])

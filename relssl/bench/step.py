@@ -35,6 +35,7 @@ def bench_step(
     files: Any,
     *,
     engine: str,
+    resize: str = "antialias",
     device: torch.device,
     cores: int,
     rounds: int,
@@ -60,7 +61,7 @@ def bench_step(
         raise ConfigError(f"the training step would run on {state.device}, not on {device}")
     amp = mixed_precision(recipe.train.precision, state.device)
     accelerator = Accelerator(mixed_precision=amp)
-    with closing(_loader(recipe, files, engine, accelerator.device, cores)) as loader:
+    with closing(_loader(recipe, files, engine, resize, accelerator.device, cores)) as loader:
         trainer = _Stepper(recipe, loader, accelerator)
         at_rest = next(iter(loader))
         updates = trainer.warm_up(at_rest, seconds)
@@ -90,13 +91,14 @@ def bench_step(
         }
 
 
-def _loader(recipe: Recipe, files: Any, engine: str, device: torch.device, cores: int) -> ViewLoader:
+def _loader(recipe: Recipe, files: Any, engine: str, resize: str, device: torch.device, cores: int) -> ViewLoader:
     return ViewLoader(
         files,
         recipe.views.specs(),
         global_batch=recipe.train.batch_size,
         num_micro=recipe.train.num_micro,
         engine=engine,
+        resize=resize,
         device=device,
         seed=recipe.train.seed,
         dtype=torch.float64 if recipe.train.precision == "fp64" else torch.float32,

@@ -143,6 +143,8 @@ def chosen_device(name: str) -> torch.device:
         raise ConfigError(f"--device is auto, cpu, cuda or cuda:N, got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here; `relssl doctor` says more")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     return device
 
 
@@ -202,6 +204,7 @@ class _Bench:
                 recipe,
                 self.ours,
                 engine=self.settings.engines[0],
+                resize=self.settings.resize,
                 device=self.device,
                 cores=self.cores,
                 rounds=self.settings.repeats,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import hashlib
 import io
@@ -9,6 +10,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,7 +94,8 @@ def test_dtypes_are_those_the_engines_rely_on(path: Path) -> None:
         kinds = [array.dtype for array in (read.labels, read.heights, read.widths, read.is_jpeg)]
         assert kinds == [np.int64, np.int32, np.int32, np.bool_]
         assert read.payload(0).dtype == np.uint8
-        assert not read.payload(0).flags.writeable
+        assert read.payload(0).flags.owndata  # a tensor may be made of it without another copy
+        assert read.payload(0).flags.writeable
         assert read.classes == ["a", "b", "c", "d"]
 
 
@@ -324,6 +328,79 @@ def test_a_file_that_shrinks_after_opening_does_not_give_garbage(tmp_path: Path)
             read.decode(1)
 
 
+def test_bytes_may_come_in_pieces(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do from network disks, and of more than two gigabytes at once."""
+    read_at = beton._read_at
+    monkeypatch.setattr(beton, "_read_at", lambda file, into, position: read_at(file, into[:7], position))
+    with beton.open(path) as read:
+        for i, (image, _) in enumerate(SAMPLES):
+            assert np.array_equal(read.decode(i), decoded(image))
+
+
+def test_a_disk_that_fails_costs_the_sample_and_not_the_process(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with beton.open(path) as read:
+        monkeypatch.setattr(beton, "_read_at", fails)
+        with pytest.raises(InputError, match=r"a\.beton: sample 2 cannot be read: Input/output error"):
+            read.payload(2)
+    with pytest.raises(InputError, match=r"a\.beton: its tables cannot be read: Input/output error"):
+        beton.open(path)
+
+
+def test_reading_where_the_system_cannot_read_by_position(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beton, "_read_at", beton._seek_and_read)
+    with beton.open(path) as read, ThreadPoolExecutor(8) as pool:
+        for i, pixels in zip([*range(4)] * 50, pool.map(read.decode, [*range(4)] * 50), strict=True):
+            assert np.array_equal(pixels, decoded(SAMPLES[i][0]))
+        os.truncate(path, int(read.files[0].offsets[2]))
+        with pytest.raises(InputError, match="cut off since it was opened: sample 2"):
+            read.payload(2)
+
+
+def test_closing_in_the_middle_of_a_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is closed after that: until then nothing else may have its number."""
+    reading, go_on, numbers = threading.Event(), threading.Event(), []
+    read_at = beton._read_at
+
+    def waits(file: int, into: memoryview, position: int) -> int:
+        numbers.append(file)
+        reading.set()
+        go_on.wait(20)
+        return read_at(file, into, position)
+
+    read = beton.open(path)
+    monkeypatch.setattr(beton, "_read_at", waits)
+    with ThreadPoolExecutor(1) as pool:
+        payload = pool.submit(read.payload, 0)
+        reading.wait(20)
+        read.close()
+        with path.with_suffix(".other").open("wb") as other:
+            assert other.fileno() != numbers[0]
+            other.write(b"x" * 10_000)
+            go_on.set()
+            assert payload.result().tobytes() == np.asarray(SAMPLES[0][0]).tobytes()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(numbers[0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_files_that_are_refused_do_not_stay_open(path: Path) -> None:
+    def next_number() -> int:
+        with path.open("rb") as file:
+            return file.fileno()
+
+    free = next_number()
+    beton.open(path).close()
+    os.truncate(path, path.stat().st_size - 1)
+    for damage in (lambda: os.truncate(path, path.stat().st_size - 1), lambda: os.truncate(path, 0)):
+        damage()
+        with pytest.raises(InputError):
+            beton.open([path])
+    assert next_number() == free
+
+
 def test_reading_after_close_is_refused(path: Path) -> None:
     read = beton.open(path)
     kept = read.payload(0)
@@ -360,6 +437,7 @@ def test_the_manifest_describes_the_file(path: Path) -> None:
     assert manifest["sha256_payloads"] == hashlib.sha256(payloads).hexdigest()
     with beton.open(path) as read:
         assert read.content_hash == manifest["content_hash"]
+        assert read.manifest == {key: value for key, value in manifest.items() if key != "fingerprints"}
 
 
 def test_a_file_without_manifest_is_read(path: Path) -> None:
@@ -394,13 +472,126 @@ def test_a_damaged_manifest_is_an_error(path: Path, change: str | dict[str, obje
         beton.open(path)
 
 
+# -- fingerprints
+
+
+@pytest.fixture
+def alike(tmp_path: Path) -> Path:
+    """Six raw images of one size."""
+    beton.write(tmp_path / "alike.beton", [(picture(70, 60, i), i) for i in range(6)])
+    return tmp_path / "alike.beton"
+
+
+def exchange(path: Path, i: int, j: int) -> None:
+    with beton.Beton(path) as read:
+        payloads, starts = [read.read(k).tobytes() for k in (i, j)], [int(read.offsets[k]) for k in (j, i)]
+    for start, payload in zip(starts, payloads, strict=True):
+        edit(path, start, payload)
+
+
+def test_exchanged_samples_are_noticed_when_they_are_read(alike: Path) -> None:
+    exchange(alike, 1, 4)
+    with beton.open(alike) as read:
+        for i in (1, 4):
+            for use in (read.payload, read.decode):
+                with pytest.raises(InputError, match=rf"alike\.beton: sample {i}: not the bytes that were written for"):
+                    use(i)
+        for i in (0, 2, 3, 5):
+            assert np.array_equal(read.decode(i), picture(70, 60, i))
+        assert np.array_equal(read.files[0].read(1).reshape(70, 60, 3), picture(70, 60, 4))
+
+
+def test_verify_names_the_samples_that_are_not_as_written(alike: Path) -> None:
+    exchange(alike, 1, 4)
+    report = beton.verify(alike, decode=True)
+    assert report.decoded == 6
+    assert report.problems == [
+        f"{alike}: the images are not those that were written (sha256 differs)",
+        f"{alike}: sample 1: not the bytes that were written for it",
+        f"{alike}: sample 4: not the bytes that were written for it",
+    ]
+
+
+def test_verify_goes_on_behind_a_sample_that_cannot_be_read(alike: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with beton.Beton(alike) as read:
+        bad = int(read.offsets[2])
+    read_at = beton._read_at
+
+    def fails(file: int, into: memoryview, position: int) -> int:
+        if position == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read_at(file, into, position)
+
+    monkeypatch.setattr(beton, "_read_at", fails)
+    report = beton.verify(alike, decode=True)
+    assert report.decoded == 5
+    assert [("sample 2 cannot be read" in problem, "sha256" in problem) for problem in report.problems] == [
+        (False, True),
+        (True, False),
+    ]
+
+
+@pytest.mark.parametrize("manifest", ["older", "none"])
+def test_without_fingerprints_a_file_is_read_as_it_is(alike: Path, manifest: str) -> None:
+    sidecar = beton.manifest_path(alike)
+    if manifest == "older":
+        sidecar.write_text(
+            json.dumps({k: v for k, v in json.loads(sidecar.read_text()).items() if k != "fingerprints"})
+        )
+    else:
+        sidecar.unlink()
+    exchange(alike, 1, 4)
+    with beton.open(alike) as read:
+        assert read.files[0].fingerprints is None
+        assert np.array_equal(read.decode(1), picture(70, 60, 4))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        [],
+        {},
+        "AAAA",
+        {"crc32": 0, "values": None},
+        {"crc32": 0, "values": "A"},
+        {"crc32": 1, "values": "AAAAAAAA"},
+        {"crc32": zlib.crc32(bytes(20)), "values": base64.b64encode(bytes(20)).decode()},  # of five samples
+    ],
+)
+def test_damaged_fingerprints_are_an_error(alike: Path, entry: object) -> None:
+    sidecar = beton.manifest_path(alike)
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "fingerprints": entry}))
+    with pytest.raises(InputError, match=r"alike\.beton\.json: its fingerprints are damaged; restore it, or delete"):
+        beton.open(alike)
+
+
+@pytest.mark.parametrize("size", [1, 100, 3072, 6143, 6144, 12_287, 12_288, 110_000, 196_608, 1_000_000])
+def test_a_fingerprint_is_of_bytes_all_over_the_payload(size: int) -> None:
+    payload = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+    original = beton_write.fingerprint(payload)
+    assert original == beton_write.fingerprint(payload.tobytes()) == beton_write.fingerprint(payload.data)
+    block = 4096 if size > 6143 else 1  # as much as a disk writes at once; of little payloads every byte counts
+    for start in np.linspace(0, max(size - block, 0), 50).astype(int):
+        changed = payload.copy()
+        changed[start : start + block] ^= 0x5A
+        assert beton_write.fingerprint(changed) != original
+    for channel in range(3 if size > 2 else 0):
+        changed = payload.copy()
+        changed[channel::3] = 0
+        assert beton_write.fingerprint(changed) != original
+    assert beton_write.fingerprint(np.append(payload, np.uint8(0))) != original
+
+
 def test_verify_compares_every_image(path: Path) -> None:
     with beton.Beton(path) as read:
         start = int(read.offsets[0])
     edit(path, start, bytes([np.asarray(SAMPLES[0][0]).ravel()[0] ^ 1]))
     report = beton.verify(path)
     assert report.payloads_hashed
-    assert report.problems == [f"{path}: the images are not those that were written (sha256 differs)"]
+    assert report.problems == [
+        f"{path}: the images are not those that were written (sha256 differs)",
+        f"{path}: sample 0: not the bytes that were written for it",
+    ]
 
 
 def test_verify_names_every_image_that_does_not_decode(path: Path) -> None:

@@ -104,6 +104,40 @@ def test_pixels_outside_the_box_do_not_exist():
         assert ours.max() == 0, way
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (9, 1), (2, 3), (5, 200)])
+def test_images_and_views_of_a_few_pixels(height, width, size):
+    images = smooth_images(6, height, width)
+    for box in ({"random_resized": {"scale": [0.1, 1.0]}}, {"whole": {}}, {"center": {"resize": size + 1}}):
+        for interpolation, most in (("bilinear", 1), ("bicubic", 30)):
+            spec = ViewSpec("a", size, count=2, box=box, interpolation=interpolation, flip=0.5)
+            params = drawn(spec, len(images), height, width)
+            for way, ours in all_ways(images, params).items():
+                assert np.abs(ours - pil_crops(images, params)).max() <= most, (way, box)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("box", (0, 0, 21, 20), "box"),
+        ("box", (1, 0, 20, 20), "box"),
+        ("box", (0, -1, 20, 20), "box"),
+        ("box", (0, 5, 10, 0), "box"),
+        ("offset", (0, 1), "square"),
+        ("offset", (-1, 0), "square"),
+    ],
+)
+def test_nothing_outside_an_image_is_read(name, value, words):
+    images = smooth_images(2, 20, 20)
+    params = drawn(SPECS["whole"], 2, 20, 20)
+    getattr(params, name)[0, 1] = value
+    out = torch.empty((1, 2, 32, 32, 3), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=words):
+        crop_image(torch.from_numpy(images[1]).permute(2, 0, 1), params, 1, out)
+    with pytest.raises(ValueError, match=words):
+        crop_small(images, np.arange(2), params, out.numpy())
+
+
 def test_crops_do_not_depend_on_the_batch():
     images = smooth_images(16, 32, 32)
     whole = drawn(SPECS["random"], 16, 32, 32)

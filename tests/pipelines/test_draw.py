@@ -67,7 +67,13 @@ def test_draw_depends_on_the_sample_alone(seed, epoch, n, cut, height, width):
 
 @given(height=st.integers(1, 400), width=st.integers(1, 400), seed=st.integers(0, 1000))
 def test_boxes_lie_inside_the_image(height, width, seed):
-    plan = [*PLAN, ViewSpec("test", 8, box={"center": {"resize": 10}}), ViewSpec("all", 8, box={"whole": {}})]
+    plan = [
+        *PLAN,
+        ViewSpec("test", 8, box={"center": {"resize": 10}}),
+        ViewSpec("all", 8, box={"whole": {}}),
+        ViewSpec("wide", 8, box={"random_resized": {"ratio": [3.0, 4.0]}}),
+        ViewSpec("narrow", 8, box={"random_resized": {"ratio": [0.1, 0.3]}}),
+    ]
     for params in draw_sized(plan, 16, height=height, width=width, seed=seed):
         top, left, h, w = np.moveaxis(params.box, -1, 0)
         assert (top >= 0).all()

@@ -21,6 +21,11 @@ from pipelines.views import ViewSpec
 from tests.pipelines.test_crop import smooth_images
 
 ROOT = Path(__file__).resolve().parents[2]
+COMPILED = {
+    "SSE2": {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""},
+    "AVX2": {"NUMBA_CPU_NAME": "x86-64-v3", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+bmi,+bmi2"},
+    "checked": {"NUMBA_BOUNDSCHECK": "1"},
+}
 OPS = [
     ["jitter", 1.0, {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.4}],
     ["grey", 0.2],
@@ -51,12 +56,10 @@ def digests() -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86-64")
-@pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3"])
-def test_the_same_bits_with_other_instructions(cpu, tmp_path):
-    """Plain SSE2, and AVX2 with fused multiply-add at hand, against what this machine has."""
-    environment = {**os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
-    if cpu == "x86-64-v3":
-        environment["NUMBA_CPU_FEATURES"] = "+avx2,+fma,+f16c,+bmi,+bmi2"
+@pytest.mark.parametrize("how", COMPILED)
+def test_the_same_bits_however_they_are_compiled(how, tmp_path):
+    """Plain SSE2, AVX2 with fused multiply-add at hand, and with every index checked, against what this machine has."""
+    environment = {**os.environ, **COMPILED[how], "NUMBA_CACHE_DIR": str(tmp_path)}
     code = "from tests.pipelines.test_kernels import digests; print(*digests(), sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

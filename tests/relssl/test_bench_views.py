@@ -336,7 +336,7 @@ def test_cores_and_threads_are_given_back() -> None:
 
 
 def test_more_cores_than_there_are_is_refused() -> None:
-    there = cores.allowed_cores()
+    there = cores.available_cores()
     with pytest.raises(ConfigError, match=f"between 1 and {there}"), cores.bound_to(there + 1):
         pass
     with cores.bound_to(None) as bound:

@@ -1,0 +1,83 @@
+"""On a CUDA device: the same views as on the CPU, and nothing in the way there that waits for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipelines import beton
+from pipelines.loader import ViewLoader
+from pipelines.views import ViewSpec
+from tests.pipelines.test_crop import smooth_images
+from tests.pipelines.test_loader import jpeg
+
+pytestmark = pytest.mark.gpu
+
+OPS = [
+    ["jitter", 0.8, {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}],
+    ["grey", 0.2],
+    ["blur", 0.5, {"sigma": [0.1, 2.0]}],
+]
+PLAN = [ViewSpec("a", 48, count=2, flip=0.5, ops=OPS), ViewSpec("b", 32, flip=0.5)]
+ENGINES = ["resident", "torchvision", pytest.param("ffcv", marks=pytest.mark.ffcv)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gpu") / "images.beton"
+    beton.write(path, ((jpeg(image), i) for i, image in enumerate(smooth_images(32, 90, 70))), count=32)
+    return path
+
+
+def views(data, device, **options):
+    """All views of an epoch on the CPU, by name."""
+    with ViewLoader(data, [(None, PLAN)], global_batch=8, device=device, **options) as loader:
+        batches = list(loader)
+    return {name: torch.cat([b.stacked(name).float().cpu() for b in batches]) for name in ("a", "b")}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_views_are_those_of_the_cpu(data, engine):
+    """A crop may differ by one level where it is rounded; colours then carry that on."""
+    here, there = (views(data, device, engine=engine) for device in ("cpu", "cuda"))
+    for name in ("a", "b"):
+        difference = (here[name] - there[name]).abs() * 255 * 0.225
+        assert difference.mean() <= 0.2, name
+    assert ((here["b"] - there["b"]).abs() * 255 * 0.225).max() <= 1.01  # no colours
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_channels_last(data, dtype):
+    with ViewLoader(data, [(None, PLAN)], global_batch=8, device="cuda", dtype=dtype) as loader:
+        batch = next(iter(loader))
+    assert batch.stacked("a").dtype == dtype
+    assert batch.stacked("a").is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nothing_waits_for_the_device(data, engine):
+    with ViewLoader(data, [(None, PLAN)], global_batch=8, device="cuda", engine=engine) as loader:
+        next(iter(loader))  # what is made once: constants, handles of libraries
+        loader.set_position(1)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch in loader:
+                batch.stacked("a").mul_(2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_consumer_on_a_stream_of_its_own(data):
+    expected = views(data, "cuda", engine="torchvision")["b"]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        found = views(data, "cuda", engine="torchvision")["b"]
+    stream.synchronize()
+    assert torch.equal(found, expected)
+
+
+def test_the_certificate_passes():
+    from relssl.bench.parity import certify
+
+    certificate = certify(device="cuda")
+    assert certificate.passed, "\n".join(certificate.lines())

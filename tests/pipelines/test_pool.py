@@ -1,0 +1,265 @@
+"""The pool of threads: every row once, errors that wait for running work, an end that does not wait for the rest."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+
+import pytest
+
+from pipelines import pool as pool_module
+from pipelines.errors import RunError
+from pipelines.pool import Pool, available_cores, default_workers
+
+PATIENCE = 20  # seconds after which a test that would hang fails
+
+
+@pytest.fixture
+def pool():
+    pool = Pool(2)
+    yield pool
+    pool.close()
+
+
+# -- running
+
+
+@pytest.mark.parametrize(("count", "chunk"), [(0, 1), (0, 5), (1, 1), (1, 9), (7, 3), (9, 3), (100, 1), (100, 64)])
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_every_index_is_handed_out_once_in_whole_chunks(size, count, chunk):
+    pool, ranges = Pool(size), []
+    pool.run(lambda start, stop: ranges.append((start, stop)), count, chunk)
+    pool.close()
+    assert sorted(ranges) == [(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+
+
+@pytest.mark.parametrize("size", [-1, 0])
+def test_there_is_always_a_thread(size):
+    pool, seen = Pool(size), []
+    pool.run(lambda start, stop: seen.append(threading.current_thread()), 3)
+    pool.close()
+    assert pool.size == 1
+    assert len(set(seen)) == 1
+    assert threading.current_thread() not in seen
+
+
+def test_all_threads_work_at_once(pool):
+    """Each chunk waits for the other."""
+    both = threading.Barrier(2)
+    pool.run(lambda start, stop: both.wait(PATIENCE), 2)
+
+
+def test_two_runs_at_once_do_not_mix(pool):
+    """As the batches that a loader prepares: each waits for its own work alone."""
+    seen = {"a": [], "b": []}
+
+    def run(name):
+        for _ in range(20):
+            pool.run(lambda start, stop: seen[name].extend(range(start, stop)), 50, chunk=3)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in seen]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    for rows in seen.values():
+        assert sorted(rows) == sorted([*range(50)] * 20)
+
+
+# -- errors
+
+
+def test_the_first_error_stops_the_rest_and_waits_for_what_runs(pool):
+    """Otherwise a caller would reuse memory that a chunk still writes to."""
+    both, release, over = threading.Barrier(2), threading.Event(), threading.Event()
+    calls, order = [], []
+
+    def work(start, stop):
+        calls.append(start)
+        if start < 2:
+            both.wait(PATIENCE)
+        if start == 0:
+            raise ZeroDivisionError("first")
+        release.wait(PATIENCE)
+        order.append("the other chunk has ended")
+
+    def run():
+        try:
+            pool.run(work, 100)
+        except ZeroDivisionError:
+            order.append("raised")
+        over.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert not over.wait(0.3)  # a pool that does not wait is over by now
+    release.set()
+    thread.join(PATIENCE)
+    assert order == ["the other chunk has ended", "raised"]
+    assert sorted(calls) == [0, 1]
+
+
+def test_an_interrupt_while_waiting_waits_for_what_runs_too(pool, monkeypatch):
+    started, release = threading.Event(), threading.Event()
+    ended, calls, waits = [], [], []
+    wait = pool_module.wait
+
+    def interrupted(jobs):
+        waits.append(jobs)
+        if len(waits) == 1:
+            started.wait(PATIENCE)
+            raise KeyboardInterrupt
+        release.set()
+        wait(jobs)
+
+    def work(start, stop):
+        calls.append(start)
+        started.set()
+        release.wait(PATIENCE)
+        ended.append(start)
+
+    monkeypatch.setattr(pool_module, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.run(work, 100)
+    assert sorted(ended) == sorted(calls)
+    assert len(calls) <= 2
+
+
+def test_the_pool_goes_on_after_an_error(pool):
+    with pytest.raises(ZeroDivisionError):
+        pool.run(lambda start, stop: 1 / 0, 10)
+    seen = []
+    pool.run(lambda start, stop: seen.append(start), 10)
+    assert sorted(seen) == [*range(10)]
+
+
+def test_an_error_keeps_nothing_alive_once_it_is_handled(pool):
+    """Without the garbage collector, which comes late: a batch of views is a lot of memory."""
+
+    class Buffer:
+        pass
+
+    buffer = Buffer()
+    gone = weakref.ref(buffer)
+
+    def attempt(held):
+        def work(start, stop):
+            raise ZeroDivisionError(held)
+
+        with pytest.raises(ZeroDivisionError):
+            pool.run(work, 4)
+
+    gc.disable()
+    try:
+        attempt(buffer)
+        pool.run(lambda start, stop: None, 2)  # the threads forget their last work with the next
+        pool.run(lambda start, stop: None, 2)
+        del buffer
+        alive = gone() is not None
+    finally:
+        gc.enable()
+    assert not alive
+
+
+# -- closing
+
+
+def test_a_closed_pool_refuses_work(pool):
+    pool.close()
+    pool.close()
+    with pytest.raises(RunError, match="was closed"):
+        pool.run(lambda start, stop: None, 3)
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+def test_closing_ends_runs_after_the_chunks_in_progress(runs):
+    """Some of the runs have not even begun, for all threads are busy."""
+    pool, started, release = Pool(2), threading.Barrier(3), threading.Event()
+    calls, errors = [], []
+
+    def work(start, stop):
+        calls.append(start)
+        started.wait(PATIENCE)
+        release.wait(PATIENCE)
+
+    def run():
+        try:
+            pool.run(work, 100)
+        except RunError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=run) for _ in range(runs)]
+    for thread in threads:
+        thread.start()
+    started.wait(PATIENCE)
+    closer = threading.Thread(target=pool.close)
+    closer.start()
+    while not pool._closed:
+        pass
+    release.set()
+    for thread in (closer, *threads):
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    assert len(calls) == 2
+    assert len(errors) == runs
+    assert not [thread for thread in threading.enumerate() if thread in pool._threads._threads]
+
+
+def test_a_run_that_closing_finds_at_its_last_chunk_is_complete():
+    """All of its rows are there, so there is nothing to complain about."""
+    pool = Pool(1)
+    pool.run(lambda start, stop: setattr(pool, "_closed", True), 1)
+    pool.close()
+
+
+# -- how many threads
+
+
+V1 = {"quota": "cpu.cfs_quota_us", "period": "cpu.cfs_period_us"}
+GROUPS = {
+    "none": (None, {}, 64),
+    "unlimited": ("0::/", {"cpu.max": "max 100000"}, 64),
+    "a container": ("0::/", {"cpu.max": "400000 100000"}, 4),
+    "rounded up": ("0::/", {"cpu.max": "150000 100000"}, 2),
+    "less than one": ("0::/", {"cpu.max": "10000 100000"}, 1),
+    "more than there are": ("0::/", {"cpu.max": "12800000 100000"}, 64),
+    "a job under a scheduler": ("0::/slurm/job", {"slurm/job/cpu.max": "300000 100000"}, 3),
+    "a limit further up": ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "200000 100000"}, 2),
+    "the least of several": ("0::/a", {"a/cpu.max": "300000 100000", "cpu.max": "900000 100000"}, 3),
+    "a name from outside": ("0::/docker/1f", {"cpu.max": "500000 100000"}, 5),
+    "a name outside": ("0::/../../x", {"cpu.max": "500000 100000"}, 5),
+    "another's": ("0::/a", {"b/cpu.max": "100000 100000"}, 64),
+    "version 1": ("4:cpu,cpuacct:/x", {f"cpu/x/{V1['quota']}": "250000", f"cpu/x/{V1['period']}": "100000\n"}, 3),
+    "version 1, root": (None, {f"cpu/{V1['quota']}": "200000", f"cpu/{V1['period']}": "100000"}, 2),
+    "version 1, none": ("4:cpu:/", {f"cpu/{V1['quota']}": "-1\n", f"cpu/{V1['period']}": "100000"}, 64),
+    "version 1, cpuset": ("4:cpuset:/x", {f"cpu/x/{V1['quota']}": "100000", f"cpu/x/{V1['period']}": "100000"}, 64),
+    "both": ("1:cpu:/\n0::/a", {"a/cpu.max": "700000 100000"}, 7),
+    "a period of nothing": ("0::/", {"cpu.max": "100000 0"}, 64),
+    "nonsense": ("what\n\n0::/", {"cpu.max": "some more words"}, 64),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_cores_granted_by_control_groups(case, tmp_path, monkeypatch):
+    own, files, expected = GROUPS[case]
+    monkeypatch.setattr(pool_module, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(pool_module, "_OWN_CGROUP", tmp_path / "self")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    if own is not None:
+        (tmp_path / "self").write_text(own)
+    for name, content in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert available_cores() == expected
+
+
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(pool_module, "available_cores", lambda: 8)
+    for neighbours, expected in (("1", 8), ("3", 2), ("8", 1), ("20", 1), ("0", 8), ("x", 8)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", neighbours)
+        assert default_workers() == expected
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert default_workers() == 8
