@@ -25,7 +25,7 @@ from dataset_tools.stats import ChannelStats, moments
 from pipelines import beton
 from pipelines.beton_write import check_target
 from pipelines.errors import ConfigError, InputError
-from pipelines.pool import available_cores
+from pipelines.machine import available_cores
 
 FORMATS = ("auto", "folder", "list", "cifar10", "cifar100", "digits")
 _LISTED = 10_000  # so many skipped inputs are listed in the manifest; all are counted

@@ -258,7 +258,7 @@ def fingerprint(payload: bytes | memoryview | np.ndarray) -> int:
     return zlib.crc32(content[::distance].tobytes(), len(content))
 
 
-def hash_of_tables(file_size: int, parts: Iterable[bytes | np.ndarray]) -> str:
+def hash_of_tables(file_size: int, parts: Iterable[Any]) -> str:
     """SHA-256 over the size of the file and every byte of it but the payloads, which come in any number of `parts`:
     cheap even for a huge file."""
     digest = hashlib.sha256(file_size.to_bytes(8, "little"))

@@ -26,9 +26,10 @@ from pipelines.draw import ViewParams, counter_hash, draw
 from pipelines.engines import choose_engine, engine_class
 from pipelines.engines.decode import place
 from pipelines.errors import ConfigError, InputError, RelsslError, RunError
+from pipelines.machine import default_workers
 from pipelines.memory import Recycler
 from pipelines.order import batch_sizes, local_positions, permutation
-from pipelines.pool import Pool, default_workers
+from pipelines.pool import Pool
 from pipelines.subset import Subset
 from pipelines.views import ViewSpec
 
@@ -332,9 +333,7 @@ def _closed() -> RunError:
 
 def _numbered(device: torch.device) -> torch.device:
     """`cuda` as the device that it means in this thread: threads of the loader may have another current one."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
 def _checked_phases(phases: Sequence[Phase]) -> list[Phase]:

@@ -14,7 +14,7 @@ class Subset:
         ids = np.asarray(ids, dtype=np.int64)
         if isinstance(files, Subset):  # ids are always those of the whole data set: they are what views are drawn by
             files, ids = files.files, files.ids[ids]
-        self.files = files
+        self.files: Any = files
         self.ids = ids
         self.labels = files.labels[self.ids]
         self.heights, self.widths = files.heights[self.ids], files.widths[self.ids]

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipelines import machine
 from pipelines.errors import MissingExtraError
 
 FFCV_APT = "g++ pkg-config libopencv-dev libturbojpeg0-dev"
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,9 @@ def check_python() -> Check:
 
 def check_cores() -> Check:
     """Cores of the machine, those this process may run on, and the share that a container grants."""
-    machine, usable = os.cpu_count() or 1, _usable_cores()
-    quota = _cgroup_cores()
-    detail = f"{usable} usable of {machine}"
+    everything, usable = os.cpu_count() or 1, machine.usable_cores()
+    quota = machine.granted_cores()
+    detail = f"{usable} usable of {everything}"
     if quota is not None and quota < usable:
         return Check("cores", "ok", f"{detail}, but the container's limit is {quota:g} cores of time")
     return Check("cores", "ok", detail)
@@ -92,12 +91,12 @@ def check_cores() -> Check:
 
 def check_memory() -> Check:
     """Memory that can be had now, and the container's limit if it is lower than the machine's memory."""
-    facts = _meminfo()
+    facts = machine.meminfo()
     if not facts:
         return Check("memory", "absent", "not known on this system")
     total, available = facts["MemTotal"], facts["MemAvailable"]
     detail = f"{available / 2**30:.1f} GiB available of {total / 2**30:.1f} GiB"
-    limit = _cgroup_memory()
+    limit = machine.granted_memory()
     if limit is not None and limit < total:
         detail += f", container's limit {limit / 2**30:.1f} GiB"
     if min(available, limit or available) < 2 * 2**30:
@@ -182,7 +181,7 @@ def check_thread_settings() -> Check:
     if not given:
         return Check("threads", "ok", "OMP_NUM_THREADS and its kin are unset: libraries use every core")
     detail = ", ".join(f"{name}={value}" for name, value in given.items())
-    usable = _usable_cores()
+    usable = machine.usable_cores()
     too_many = [name for name, value in given.items() if value.isdigit() and int(value) > usable]
     if too_many:
         advice = f"{usable} cores are usable: lower or unset {', '.join(too_many)}"
@@ -238,45 +237,3 @@ def _guarded(name: str, look: Callable[[], Check]) -> Check:
 
 def _extra(name: str) -> str:
     return f"in the checkout: pip install -c constraints.txt -e '.[{name}]' (optional)"
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _cgroup_cores() -> float | None:
-    """Cores of time that a container's limit grants (cgroup v2, then v1); None without a limit."""
-    quota, _, period = _first_line(_CGROUP / "cpu.max").partition(" ")
-    if not period:
-        quota = _first_line(_CGROUP / "cpu/cpu.cfs_quota_us")
-        period = _first_line(_CGROUP / "cpu/cpu.cfs_period_us")
-    if quota.isdigit() and period.isdigit() and int(period) > 0:
-        return int(quota) / int(period)
-    return None
-
-
-def _cgroup_memory() -> int | None:
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        limit = _first_line(_CGROUP / name)
-        if limit.isdigit():
-            return int(limit)
-    return None
-
-
-def _meminfo() -> dict[str, int]:
-    """Bytes by name, as /proc/meminfo tells; empty where there is none (macOS, Windows)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return {}
-    pairs = (line.split(":") for line in lines if ":" in line)
-    return {name: int(value.split()[0]) * 1024 for name, value in pairs}
-
-
-def _first_line(path: Path) -> str:
-    try:
-        return path.read_text().partition("\n")[0].strip()
-    except OSError:
-        return ""

@@ -16,6 +16,7 @@ from types import ModuleType
 
 import pytest
 
+from pipelines import machine
 from pipelines.errors import ConfigError
 from relssl import doctor, recipes
 
@@ -486,11 +487,14 @@ def test_doctor_sees_too_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_thread_settings().status == "ok"
 
 
-@pytest.mark.parametrize(("written", "cores"), [("150000 100000", 1.5), ("max 100000", None), ("", None)])
-def test_doctor_reads_the_limit_of_a_container(monkeypatch, tmp_path: Path, written: str, cores) -> None:
-    monkeypatch.setattr(doctor, "_CGROUP", tmp_path)
-    (tmp_path / "cpu.max").write_text(written + "\n")
-    assert doctor._cgroup_cores() == cores
+def test_doctor_reads_the_limits_of_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    (tmp_path / "memory.max").write_text(f"{2**30}\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert "limit is 0.5 cores" in doctor.check_cores().detail
+    assert doctor.check_memory().status == "problem"
+    assert "limit 1.0 GiB" in doctor.check_memory().detail
 
 
 def test_doctor_says_what_ffcv_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pipelines.errors import ConfigError
-from pipelines.pool import available_cores
+from pipelines.machine import available_cores
 
 
 @contextmanager

@@ -37,7 +37,8 @@ from pipelines.draw import JITTER_OPS, ViewParams, draw
 from pipelines.engines import ENGINES, check_engine_name, engine_class
 from pipelines.errors import ConfigError, InputError, MissingExtraError
 from pipelines.loader import ViewLoader
-from pipelines.pool import Pool, available_cores
+from pipelines.machine import available_cores
+from pipelines.pool import Pool
 from pipelines.views import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
 from relssl.bench.parity_certificate import Certificate, setting, write_section
 from relssl.bench.parity_images import BATCH, SMALL, Store, built_in_images, images_of, stored

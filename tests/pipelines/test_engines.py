@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import engines, machine
+from pipelines import engines
 from pipelines.engines import choose_engine
 from pipelines.errors import ConfigError
 
@@ -71,16 +71,3 @@ def test_a_name_is_taken_as_it_is():
 def test_an_unknown_resize_is_refused():
     with pytest.raises(ConfigError, match=re.escape("did you mean 'area'")):
         engines.refuse_area("aera")
-
-
-def test_free_memory_is_within_the_limit_of_a_container(monkeypatch, tmp_path):
-    free = machine.free_memory(torch.device("cpu"))
-    assert free is not None
-    assert free > 0
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("700000\n")
-    (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 150000\n")
-    assert machine.free_memory(torch.device("cpu")) == 450_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine.free_memory(torch.device("cpu")) > 10_000_000

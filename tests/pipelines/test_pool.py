@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import weakref
 
@@ -11,7 +10,7 @@ import pytest
 
 from pipelines import pool as pool_module
 from pipelines.errors import RunError
-from pipelines.pool import Pool, available_cores, default_workers
+from pipelines.pool import Pool
 
 PATIENCE = 20  # seconds after which a test that would hang fails
 
@@ -212,54 +211,3 @@ def test_a_run_that_closing_finds_at_its_last_chunk_is_complete():
     pool = Pool(1)
     pool.run(lambda start, stop: setattr(pool, "_closed", True), 1)
     pool.close()
-
-
-# -- how many threads
-
-
-V1 = {"quota": "cpu.cfs_quota_us", "period": "cpu.cfs_period_us"}
-GROUPS = {
-    "none": (None, {}, 64),
-    "unlimited": ("0::/", {"cpu.max": "max 100000"}, 64),
-    "a container": ("0::/", {"cpu.max": "400000 100000"}, 4),
-    "rounded up": ("0::/", {"cpu.max": "150000 100000"}, 2),
-    "less than one": ("0::/", {"cpu.max": "10000 100000"}, 1),
-    "more than there are": ("0::/", {"cpu.max": "12800000 100000"}, 64),
-    "a job under a scheduler": ("0::/slurm/job", {"slurm/job/cpu.max": "300000 100000"}, 3),
-    "a limit further up": ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "200000 100000"}, 2),
-    "the least of several": ("0::/a", {"a/cpu.max": "300000 100000", "cpu.max": "900000 100000"}, 3),
-    "a name from outside": ("0::/docker/1f", {"cpu.max": "500000 100000"}, 5),
-    "a name outside": ("0::/../../x", {"cpu.max": "500000 100000"}, 5),
-    "another's": ("0::/a", {"b/cpu.max": "100000 100000"}, 64),
-    "version 1": ("4:cpu,cpuacct:/x", {f"cpu/x/{V1['quota']}": "250000", f"cpu/x/{V1['period']}": "100000\n"}, 3),
-    "version 1, root": (None, {f"cpu/{V1['quota']}": "200000", f"cpu/{V1['period']}": "100000"}, 2),
-    "version 1, none": ("4:cpu:/", {f"cpu/{V1['quota']}": "-1\n", f"cpu/{V1['period']}": "100000"}, 64),
-    "version 1, cpuset": ("4:cpuset:/x", {f"cpu/x/{V1['quota']}": "100000", f"cpu/x/{V1['period']}": "100000"}, 64),
-    "both": ("1:cpu:/\n0::/a", {"a/cpu.max": "700000 100000"}, 7),
-    "a period of nothing": ("0::/", {"cpu.max": "100000 0"}, 64),
-    "nonsense": ("what\n\n0::/", {"cpu.max": "some more words"}, 64),
-}
-
-
-@pytest.mark.parametrize("case", GROUPS)
-def test_cores_granted_by_control_groups(case, tmp_path, monkeypatch):
-    own, files, expected = GROUPS[case]
-    monkeypatch.setattr(pool_module, "_CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(pool_module, "_OWN_CGROUP", tmp_path / "self")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
-    if own is not None:
-        (tmp_path / "self").write_text(own)
-    for name, content in files.items():
-        path = tmp_path / "cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    assert available_cores() == expected
-
-
-def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
-    monkeypatch.setattr(pool_module, "available_cores", lambda: 8)
-    for neighbours, expected in (("1", 8), ("3", 2), ("8", 1), ("20", 1), ("0", 8), ("x", 8)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", neighbours)
-        assert default_workers() == expected
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert default_workers() == 8
