@@ -1,4 +1,4 @@
-"""The compiled loops: the same bits with any instruction set, and an installation that cannot be written to."""
+"""The compiled loops: the same bits with any instruction set, every index inside its array, no cache needed."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_the_same_bits_however_they_are_compiled(how, tmp_path):
     assert done.stdout.split() == digests()
 
 
-def test_kernels_work_where_nothing_can_be_cached(tmp_path):
-    """An installation in a zip file, or one that cannot be written to with no home to write to instead."""
+def test_kernels_work_where_nothing_can_be_cached():
+    """An installation without source files, as in a zip or a frozen program."""
 
     def from_nowhere(x):  # numba finds no file for it, as in a frozen program
         return x + 1
