@@ -11,7 +11,7 @@ if [[ $# -lt 3 || $# -gt 4 ]]; then
     exit 2
 fi
 jpeg=$1 raw=$2 cifar=$3 cores=${4:-$(nproc)}
-results="$(cd "$(dirname "$0")" && pwd)/results"
+results="$(dirname "$0")/results"
 python=${PYTHON:-python}
 
 bench() { # NAME FILE OPTION...
