@@ -205,10 +205,11 @@ class ViewLoader:
     def close(self) -> None:
         """End threads and release memory; the loader cannot be used afterwards. What was being made is dropped."""
         self._closed = True
-        if os.getpid() == self._process:  # elsewhere there are no threads to wait for
-            self.pool.close()  # first: a batch in the making ends with the images that are in work
-            if self._feeder is not None:
-                self._feeder.shutdown(wait=True, cancel_futures=True)
+        if os.getpid() != self._process:  # a copy without the threads that the parts of it would wait for
+            return
+        self.pool.close()  # first: a batch in the making ends with the images that are in work
+        if self._feeder is not None:
+            self._feeder.shutdown(wait=True, cancel_futures=True)
         self.engine.close()
         self._memory.clear()
         if self._owns_files:

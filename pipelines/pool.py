@@ -46,12 +46,11 @@ class Pool:
         try:
             jobs.extend(self._submit(work) for _ in range(min(self.size, -(-count // chunk))))
             wait(jobs)
-            while jobs:
+            while jobs:  # emptied: a failed job and its traceback through here would hold each other, and a batch
                 jobs.pop(0).result()
         except BaseException:  # also an interrupt of the thread that waits
             failed = True
             wait(jobs)
-            jobs.clear()  # a failed job and the traceback through here would hold each other, and all they refer to
             raise
         if unfinished:
             raise _closed()

@@ -554,7 +554,7 @@ def test_without_fingerprints_a_file_is_read_as_it_is(alike: Path, manifest: str
         "AAAA",
         {"crc32": 0, "values": None},
         {"crc32": 0, "values": "A"},
-        {"crc32": 1, "values": "AAAAAAAA"},
+        {"crc32": 1, "values": base64.b64encode(bytes(24)).decode()},
         {"crc32": zlib.crc32(bytes(20)), "values": base64.b64encode(bytes(20)).decode()},  # of five samples
     ],
 )

@@ -21,13 +21,14 @@ import torch
 from pipelines import beton
 from pipelines import beton_format as fmt
 from pipelines import loader as loader_module
+from pipelines.engines import decode
 from pipelines.engines import threads as threads_module
 from pipelines.errors import InputError, RunError
 from pipelines.loader import ViewLoader
 from tests.pipelines.test_loader import ENGINES
+from tests.pipelines.test_pool import PATIENCE, eventually
 from tests.pipelines.test_proofs import COUNT, MANY, ONE, by_sample, pictures, samples, views_of
 
-PATIENCE = 30  # seconds after which a test that would hang fails
 OPTIONS = {"global_batch": 8, "drop_last": False, "workers": 2, "max_unreadable": 0.5}
 THREADED = ["torchvision", pytest.param("ffcv", marks=pytest.mark.ffcv)]
 NOT_WRITTEN = "not the bytes that were written for it"
@@ -179,6 +180,24 @@ def test_exchanged_streams_of_different_size_are_noticed_without_a_manifest(
     overwrite(path, a, content[b : b + size])
     overwrite(path, b, content[a : a + size])
     assert_replaced(path, (4, 7), engine, sound_views("jpeg", engine), caplog, "pixels, but the file says")
+
+
+def test_a_stream_that_claims_to_be_huge_is_not_decoded(folder, sound_views, tmp_path, engine, caplog, monkeypatch):
+    """Thirteen gigabytes of pixels: a decoder makes room for what the header says."""
+    bad, path = (4, 7), copied(folder / "jpeg.beton", tmp_path, manifest=False)
+    huge = b"\xff\xff\xff\xff"
+    for index in bad:
+        start, size = place_of(path, index)
+        stream = path.read_bytes()[start : start + size]
+        overwrite(path, start + stream.index(b"\xff\xc0") + 5, huge)
+    decode_jpeg = decode.decode_jpeg
+
+    def careful(stream, **options):
+        assert huge not in stream.numpy().tobytes()
+        return decode_jpeg(stream, **options)
+
+    monkeypatch.setattr(decode, "decode_jpeg", careful)
+    assert_replaced(path, bad, engine, sound_views("jpeg", engine), caplog, "(65535, 65535) pixels")
 
 
 def test_a_sample_of_zero_bytes_is_refused_when_the_file_is_opened(folder, tmp_path):
@@ -422,9 +441,9 @@ def test_closing_while_another_thread_waits_for_a_batch(folder, engine, monkeypa
     consumer.start()
     at_work.wait(PATIENCE)
     closer.start()
-    while not loader.pool._closed:
-        pass
+    closing = eventually(lambda: loader.pool._closed)
     release.set()
+    assert closing
     for thread in (consumer, closer):
         thread.join(PATIENCE)
         assert not thread.is_alive()
@@ -436,6 +455,7 @@ def test_closing_while_another_thread_waits_for_a_batch(folder, engine, monkeypa
 # -- interrupts
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_interrupts_at_any_moment_end_a_loop_and_its_threads(folder, engine):
     """Twenty timers in place of Ctrl-C, after 2 to 40 ms; the first ones hit the opening of the loader."""
     before, interrupted = set(threading.enumerate()), 0
@@ -445,27 +465,22 @@ def test_interrupts_at_any_moment_end_a_loop_and_its_threads(folder, engine):
             try:
                 signal.setitimer(signal.ITIMER_REAL, 0.002 * (trial + 1))
                 with ViewLoader(folder / "jpeg.beton", [(None, MANY)], engine=engine, **OPTIONS) as loader:
-                    for _ in range(1000):
+                    deadline = time.monotonic() + 1
+                    while time.monotonic() < deadline:
                         list(loader)
             except KeyboardInterrupt:
                 interrupted += 1
-            waits_for_the_end_of(set(threading.enumerate()) - before)
+            # A thread whose start was interrupted is not known to who wanted it, and ends by itself.
+            assert eventually(lambda: set(threading.enumerate()) <= before)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
     assert interrupted >= 18  # Python itself drops one where it tidies up after a thread
 
 
-def waits_for_the_end_of(threads):
-    """A thread whose start was interrupted is not known to who wanted it, and ends by itself."""
-    deadline = time.monotonic() + PATIENCE
-    while any(thread.is_alive() for thread in threads):
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 LOOP = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
 from pipelines.loader import ViewLoader
 from tests.pipelines.test_proofs import MANY
 path, engine, style = sys.argv[1:]

@@ -190,6 +190,28 @@ def test_an_abandoned_epoch_leaves_no_thread(data):
     assert threading.active_count() == before
 
 
+def test_an_abandoned_epoch_is_not_worked_on(data, monkeypatch):
+    """Four batches are ordered when the first is there; two more are then being made, and the fourth never is."""
+    begun, go_on = [], threading.Event()
+    prepare = ViewLoader._prepare
+
+    def watched(self, epoch, order, update, micro):
+        begun.append((epoch, update))
+        if epoch == 0 and update > 0:
+            go_on.wait(20)
+        return prepare(self, epoch, order, update, micro)
+
+    monkeypatch.setattr(ViewLoader, "_prepare", watched)
+    with ViewLoader(data, [(None, PLAN)], global_batch=4, workers=2) as loader:
+        for _ in loader:
+            break
+        go_on.set()
+        loader.set_position(1)
+        list(loader)
+    assert (0, 3) not in begun
+    assert [update for epoch, update in sorted(begun) if epoch == 1] == list(range(6))
+
+
 def test_file_order_covers_every_image_once(data):
     for world in (1, 2, 3):
         seen = []

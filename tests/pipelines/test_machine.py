@@ -22,7 +22,7 @@ GROUPS = {
     "a limit further up": ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "200000 100000"}, 2),
     "the least of several": ("0::/a", {"a/cpu.max": "300000 100000", "cpu.max": "900000 100000"}, 3),
     "a name from outside": ("0::/docker/1f", {"cpu.max": "500000 100000"}, 5),
-    "a name outside": ("0::/../../x", {"cpu.max": "500000 100000"}, 5),
+    "a name outside": ("0::/../x", {"cpu.max": "500000 100000", "../x/cpu.max": "100000 100000"}, 5),
     "another's": ("0::/a", {"b/cpu.max": "100000 100000"}, 64),
     "version 1": ("4:cpu,cpuacct:/x", {f"cpu/x/{V1['quota']}": "250000", f"cpu/x/{V1['period']}": "100000\n"}, 3),
     "version 1, root": (None, {f"cpu/{V1['quota']}": "200000", f"cpu/{V1['period']}": "100000"}, 2),
@@ -61,7 +61,11 @@ def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
     assert default_workers() == 8
 
 
-MEMORY_2 = {"memory.max": "1000000\n", "memory.current": "700000\n", "memory.stat": "anon 500000\ninactive_file 150000\n"}
+MEMORY_2 = {
+    "memory.max": "1000000\n",
+    "memory.current": "700000\n",
+    "memory.stat": "anon 500000\ninactive_file 150000\n",
+}
 MEMORY_1 = {
     "memory/job/memory.limit_in_bytes": "900000",
     "memory/job/memory.usage_in_bytes": "800000",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -117,12 +118,16 @@ def test_taking_one_size_leaves_the_others():
 
 def test_cleared_memory_is_forgotten_and_what_is_in_use_stays_valid():
     recycler = Recycler()
-    held = recycler.empty(SHAPE, torch.float32).fill_(7)
+    held = [recycler.empty(SHAPE, torch.float32).fill_(7) for _ in range(3)]
     others(recycler)
+    memory = [weakref.ref(lease.block) for lease, _ in recycler._used.values()]
+    assert len(memory) == 3
     recycler.clear()
     assert not recycler._free
-    assert (held == 7).all()
-    del held
+    while held:
+        assert all((tensor == 7).all() for tensor in held)
+        held.pop()
+        assert sum(block() is not None for block in memory) == len(held)
     assert not recycler._free
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 
 import pytest
@@ -13,6 +14,14 @@ from pipelines.errors import RunError
 from pipelines.pool import Pool
 
 PATIENCE = 20  # seconds after which a test that would hang fails
+
+
+def eventually(condition):
+    """Whether something comes true before patience ends."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return condition()
 
 
 @pytest.fixture
@@ -189,15 +198,15 @@ def test_closing_ends_runs_after_the_chunks_in_progress(runs):
         except RunError as error:
             errors.append(str(error))
 
-    threads = [threading.Thread(target=run) for _ in range(runs)]
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(runs)]
     for thread in threads:
         thread.start()
     started.wait(PATIENCE)
-    closer = threading.Thread(target=pool.close)
+    closer = threading.Thread(target=pool.close, daemon=True)
     closer.start()
-    while not pool._closed:
-        pass
+    closing = eventually(lambda: pool._closed)
     release.set()
+    assert closing
     for thread in (closer, *threads):
         thread.join(PATIENCE)
         assert not thread.is_alive()

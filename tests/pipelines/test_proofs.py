@@ -288,8 +288,18 @@ def test_nothing_grows_over_200_broken_off_epochs(folder, engine):
 
 
 @needs_proc
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("closed", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["closed", "dropped"])
+@pytest.mark.parametrize(
+    ("engine", "closed"),
+    [
+        pytest.param("torchvision", True, id="torchvision-closed"),
+        pytest.param("torchvision", False, id="torchvision-dropped", marks=pytest.mark.slow),
+        pytest.param("resident", True, id="resident-closed", marks=pytest.mark.slow),
+        pytest.param("resident", False, id="resident-dropped", marks=pytest.mark.slow),
+        pytest.param("ffcv", True, id="ffcv-closed", marks=[pytest.mark.slow, pytest.mark.ffcv]),
+        pytest.param("dali", True, id="dali-closed", marks=[pytest.mark.slow, pytest.mark.dali]),
+        pytest.param("dali", False, id="dali-dropped", marks=[pytest.mark.slow, pytest.mark.dali]),
+    ],
+)
 def test_nothing_grows_over_30_loaders(folder, engine, closed):
     def one_loader():
         loader = ViewLoader(
