@@ -15,7 +15,7 @@ from torch import Tensor
 from pipelines.crop import crop_matmul, crop_small, on_device
 from pipelines.draw import ViewParams
 from pipelines.engines import Finish, Replace, refuse_area
-from pipelines.engines.decode import decode_sample
+from pipelines.engines.decode import decode_sample, naming
 from pipelines.errors import ConfigError, InputError
 from pipelines.machine import free_memory
 from pipelines.memory import Recycler
@@ -43,7 +43,8 @@ class Engine:
         def load(start: int, stop: int) -> None:
             for index in range(start, stop):
                 try:
-                    image = decode_sample(files, index)
+                    with naming(files, index):
+                        image = decode_sample(files, index)
                 except InputError as error:
                     self.unreadable[index] = error
                 else:
