@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 
 from dataset_tools.images import QUALITY, Encoding, ImageRefused, prepare
-from dataset_tools.sources import Sample, Source, cifar, digits, folder
+from dataset_tools.sources import Sample, Source, archive, cifar, digits, folder, slimagenet, stl10, tiny_imagenet
 from dataset_tools.stats import ChannelStats, moments
 from pipelines import beton
 from pipelines.beton_write import check_target
 from pipelines.errors import ConfigError, InputError
 from pipelines.machine import available_cores
 
-FORMATS = ("auto", "folder", "list", "cifar10", "cifar100", "digits")
+PUBLISHED = ("cifar10", "cifar100", "stl10", "tiny-imagenet", "slimagenet64")
+FORMATS = ("auto", "folder", "archive", "list", *PUBLISHED, "digits")
 _LISTED = 10_000  # so many skipped inputs are listed in the manifest; all are counted
 _SMALL = 128  # pixels: arrays up to this side are stored raw unless asked otherwise
 _IN_FLIGHT = 4  # images per worker
@@ -65,6 +66,7 @@ class Conversion:
     def lines(self) -> list[str]:
         """The summary for a terminal."""
         labels = f"{len(self.classes)} classes" if self.classes else f"{self.labelled} labelled"
+        labels = f"{self.labelled:,} of them in {labels}" if self.classes and self.labelled < self.images else labels
         labels = labels if self.labelled else "no labels"
         rate = f"{self.seconds:.1f} s ({self.images_per_second:,.0f} images/s)"
         what = f"{self.images:,} images, {labels}, {self.mode}, {self.bytes / 1e6:,.1f} MB"
@@ -156,6 +158,7 @@ def convert_source(
     url: str | None = None,
     checksum: bool = True,
     labels: bool = True,
+    coarse: bool = False,
     render: Mapping[str, Any] | None = None,
     mode: str | None = None,
     quality: int = QUALITY,
@@ -168,13 +171,14 @@ def convert_source(
 ) -> Conversion:
     """`relssl convert`: find out what `source` is, and write it to `out`.
 
-    `source` is a folder of images, a text file that lists images, the folder or the archive of CIFAR-10 or
-    CIFAR-100 as published, or one of the names "cifar10", "cifar100" (looked for below `root`, default
-    "data") and "digits". `format` says which (one of `FORMATS`) where the path does not. `split` ("train" or
-    "test") is for CIFAR and the digits, `root` for CIFAR and lists, `download`, `url` and `checksum` for
-    CIFAR, `render` for the digits: keywords of `digits.render_digits`. `labels` False takes a folder's images
-    without labels, however deep they lie. CIFAR and digits are stored raw unless `mode` says otherwise. The
-    rest is as in `convert`.
+    `source` is a folder of images; an archive of one (`images.tar.xz`), or a folder in an archive
+    (`images.tar.xz/train`); a text file that lists images; the folder or the archive of a published data set, or its
+    name (one of `PUBLISHED`, looked for below `root`, default "data"); or "digits". `format` says which (one of
+    `FORMATS`) where the path does not. `split` is for published data sets and the digits, `root` for published data
+    sets and lists, `download`, `url` and `checksum` for published data sets, `coarse` for CIFAR-100, `render` for the
+    digits: keywords of `digits.render_digits`. `labels` False takes the images of a folder or archive without labels,
+    however deep they lie. The rest is as in `convert`, but `progress` also counts the bytes of a download and of an
+    archive that is looked through.
     """
     check_target(out, force=force)
     found = open_source(
@@ -186,7 +190,9 @@ def convert_source(
         url=url,
         checksum=checksum,
         labels=labels,
+        coarse=coarse,
         render=render,
+        progress=progress,
     )
     done = convert(
         found.samples,
@@ -217,47 +223,80 @@ def open_source(
     url: str | None = None,
     checksum: bool = True,
     labels: bool = True,
+    coarse: bool = False,
     render: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> Source:
     """The `Source` that `convert_source` would convert. Raises InputError when there is none, ConfigError for
     options that do not fit it."""
     if format not in FORMATS:
         raise ConfigError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
     kind = detect(source) if format == "auto" else format
-    if download and kind not in cifar.SPECS:
-        raise ConfigError(f"--download: only {', '.join(cifar.SPECS)} can be downloaded, this source is: {kind}")
+    if download and kind not in PUBLISHED:
+        raise ConfigError(f"--download: only {', '.join(PUBLISHED)} can be downloaded, this source is: {kind}")
+    if coarse and kind != "cifar100":
+        raise ConfigError(f"--coarse: only cifar100 has super-classes, this source is: {kind}")
     if kind == "digits":
         return _digits(split, dict(render or {}))
-    if kind in cifar.SPECS:
-        place = Path(root or "data") if str(source) == kind else Path(source)
-        return cifar.read(kind, split, place, download=download, url=url, checksum=checksum)
     if kind == "list":
         return folder.read_list(Path(source), root=None if root is None else Path(root))
-    return folder.read_folder(Path(source), labels=labels)
+    if kind == "archive":
+        path, inside = archive.split_path(source) or (Path(source), "")
+        look = None if progress is None else lambda done, size: progress(done, size, done)
+        return archive.read_archive(path, inside, labels=labels, look=look)
+    if kind == "folder":
+        return folder.read_folder(Path(source), labels=labels)
+    place = Path(source) if Path(source).exists() or _name_of(source) != kind else Path(root or "data")
+    fetching: dict[str, Any] = {"download": download, "url": url, "checksum": checksum, "progress": progress}
+    if kind in cifar.SPECS:
+        return cifar.read(kind, split, place, coarse=coarse, **fetching)
+    read = {"stl10": stl10.read, "tiny-imagenet": tiny_imagenet.read, "slimagenet64": slimagenet.read}[kind]
+    return read(split, place, **fetching)
 
 
 def detect(source: str | Path) -> str:
     """Which of `FORMATS` a source has. A file or folder goes before a data set of the same name."""
     path = Path(source)
-    if path.is_dir():
-        return cifar.detect(path) or "folder"
-    if path.is_file():
-        return cifar.detect(path) or (
-            "list" if path.suffix.lower() in (".txt", ".csv", ".tsv", ".lst") else _unknown(path)
-        )
-    if str(source) in FORMATS[1:] and str(source) not in ("folder", "list"):
-        return str(source)
+    if path.exists():
+        return _published_at(path) or ("folder" if path.is_dir() else _kind_of_file(path))
+    name = _name_of(source)
+    if name in (*PUBLISHED, "digits"):
+        return name
+    inside = archive.split_path(path)
+    if inside is not None:
+        return _kind_of_file(inside[0])
     raise InputError(
-        f"{source}: there is no such file or folder; expected a folder of images, a list, or one of:"
-        f" {', '.join([*cifar.SPECS, 'digits'])}"
+        f"{source}: there is no such file or folder; expected a folder or archive of images, a list, or one of:"
+        f" {', '.join([*PUBLISHED, 'digits'])}"
     )
 
 
-def _unknown(path: Path) -> str:
+def _published_at(path: Path) -> str | None:
+    """The published data set that a file or folder is, or holds."""
+    found = [kind for kind in cifar.SPECS if cifar.is_at(kind, path)]
+    others = {"stl10": stl10.is_at, "tiny-imagenet": tiny_imagenet.is_at, "slimagenet64": slimagenet.is_at}
+    found += [kind for kind, is_at in others.items() if is_at(path)]
+    if len(found) > 1:
+        raise InputError(
+            f"{path}: holds {', '.join(found)}: say which, such as: relssl convert {found[0]} OUT.beton --root {path}"
+        )
+    return found[0] if found else None
+
+
+def _kind_of_file(path: Path) -> str:
+    if path.suffix.lower() in (".txt", ".csv", ".tsv", ".lst"):
+        return "list"
+    if archive.has_suffix(path):
+        return "archive"
     raise InputError(
-        f"{path}: expected a folder, a list of images (.txt, .csv, .tsv) or a CIFAR archive (.tar.gz);"
+        f"{path}: expected a folder, a list of images (.txt, .csv, .tsv) or an archive ({' '.join(archive.SUFFIXES)});"
         " say what it is with --format"
     )
+
+
+def _name_of(source: str | Path) -> str:
+    """The name of a data set as `FORMATS` spells it."""
+    return str(source).lower().replace("_", "-")
 
 
 def _digits(split: str, render: dict[str, Any]) -> Source:

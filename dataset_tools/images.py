@@ -84,12 +84,15 @@ class Stored:
     notes: tuple[str, ...]  # what was done to it
 
 
-def prepare(image: ImageLike, encoding: Encoding) -> Stored:
+def prepare(image: ImageLike | ImageRefused, encoding: Encoding) -> Stored:
     """Bring one image (encoded bytes of any format Pillow reads, array, Pillow image, or path of a file) to
     storage.
 
-    Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 or uint16. Raises ImageRefused.
+    Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 or uint16. Raises ImageRefused; also the one that a
+    source gives in place of an image that it cannot read itself.
     """
+    if isinstance(image, ImageRefused):
+        raise image
     if isinstance(image, Path):
         image = _read(image)
     if isinstance(image, (bytes, bytearray, memoryview)):

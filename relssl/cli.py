@@ -90,16 +90,23 @@ def run(arguments: list[str]) -> int:
 @app.command()
 def convert(
     source: Annotated[
-        str, typer.Argument(help="folder, list file, CIFAR folder or archive, or: cifar10 cifar100 digits")
+        str,
+        typer.Argument(
+            help="folder, archive or archive/folder of images, list file, folder or archive of a published data set, or"
+            " its name: cifar10 cifar100 stl10 tiny-imagenet slimagenet64 digits"
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="the .beton file to write")],
     format: Annotated[str, typer.Option(help="what the source is, where its path does not say")] = "auto",
-    split: Annotated[str, typer.Option(help="train or test (CIFAR, digits)")] = "train",
+    split: Annotated[
+        str, typer.Option(help="of a published data set: train, test, val, unlabeled, train+unlabeled, as it has them")
+    ] = "train",
     root: Annotated[Path | None, typer.Option(help="folder of the downloaded data set, or of a list's images")] = None,
     download: Annotated[bool, typer.Option("--download", help="fetch the data set when it is not there")] = False,
     url: Annotated[str | None, typer.Option(help="download from here instead of the published address")] = None,
     checksum: Annotated[bool, typer.Option(help="compare a published archive with its MD5")] = True,
     labels: Annotated[bool, typer.Option(help="folder names are classes")] = True,
+    coarse: Annotated[bool, typer.Option("--coarse", help="the 20 super-classes of CIFAR-100")] = False,
     resolution: Annotated[int | None, typer.Option(help="reduce the short side to this many pixels")] = None,
     mode: Annotated[str | None, typer.Option(help="jpg or raw")] = None,
     quality: Annotated[int, typer.Option(help="JPEG quality of images that are encoded anew")] = 95,
@@ -111,7 +118,7 @@ def convert(
     """Convert images to one .beton file. Unreadable images are skipped and listed."""
     from dataset_tools.convert import convert_source
 
-    with progress_bar("converting") as progress:
+    with progress_bar("downloading, then converting" if download else "converting") as progress:
         done = convert_source(
             source,
             out,
@@ -122,6 +129,7 @@ def convert(
             url=url,
             checksum=checksum,
             labels=labels,
+            coarse=coarse,
             resolution=resolution,
             mode=mode,
             quality=quality,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from dataset_tools.images import ImageLike
+from dataset_tools.images import ImageLike, ImageRefused
 
-Sample = tuple[str, ImageLike, int | None]  # key (what a message calls it), image, label
+Sample = tuple[str, ImageLike | ImageRefused, int | None]  # key (what a message calls it), image, label
 
 
 @dataclass

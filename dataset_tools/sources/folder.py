@@ -1,50 +1,29 @@
-"""Images in folders, and lists of images.
+"""Images in folders on the disk, and lists of images.
 
-    folder/class/*.jpg, folder/class/anything/below/*.png      label = place of `class` among the sorted names
-    folder/*.jpg                                               no labels
+    folder/class/*.jpg, folder/*.jpg       as in `dataset_tools.sources.tree`
     list.txt: a path per line, optionally `,label`             label as given, or by its class folder
 
-Hidden files and folders (their name begins with a dot) and files that are not images are passed over and
-counted. Links to folders are followed, each folder once.
+Links to folders are followed, each folder once.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from dataset_tools.sources import Sample, Source
+from dataset_tools.sources.tree import Listing, is_image, kind_of_file, read_tree, sort_key
 from pipelines.errors import InputError
-
-EXTENSIONS = [
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".bmp",
-    ".gif",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-    ".pnm",
-    ".tga",
-    ".jp2",
-    ".avif",
-]
-_SPLITS = frozenset({"train", "test", "val", "valid", "validation", "unlabeled"})
 
 
 class _Samples:
     """(key, path, label) of many files, kept as strings: 1.28 million `Path` objects would take a
     gigabyte."""
 
-    def __init__(self, root: Path, names: list[str], labels: list[int | None]) -> None:
+    def __init__(self, root: Path, names: Sequence[str], labels: Sequence[int | None]) -> None:
         self._root, self._names, self._labels = root, names, labels
 
     def __len__(self) -> int:
@@ -55,35 +34,53 @@ class _Samples:
             yield name, self._root / name, label
 
 
+class FolderTree:
+    """A folder on the disk as a `Tree`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def name(self) -> str:
+        return str(self.root)
+
+    def listing(self) -> Listing:
+        if not self.root.is_dir():
+            return Listing([], [])
+        names, passed_over = _walk(self.root)
+        return Listing(names, self.folders(), passed_over)
+
+    def folders(self) -> list[str]:
+        if not self.root.is_dir():
+            return []
+        with os.scandir(self.root) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+    def below(self, folder: str) -> FolderTree:
+        return FolderTree(self.root / folder)
+
+    def size(self, name: str) -> int | None:
+        path = self.root / name
+        return path.stat().st_size if path.is_file() else None
+
+    def open(self, name: str) -> BinaryIO:
+        try:
+            return (self.root / name).open("rb")
+        except OSError as error:
+            raise InputError(f"{self.root / name}: cannot be read: {error.strerror}") from error
+
+    def samples(self, names: Sequence[str], labels: Sequence[int | None]) -> _Samples:
+        return _Samples(self.root, names, labels)
+
+
 def read_folder(folder: Path, *, labels: bool = True) -> Source:
     """Every image below `folder`, sorted by path. Class folders give labels unless `labels` is False.
 
-    Raises InputError when the folder is missing or holds no images, mixes loose images with folders of
-    images, or holds splits (train, test, ...) instead of classes.
+    Raises InputError when the folder is missing, and as `read_tree` does.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a folder of images; it does not exist or is not a folder")
-    names, passed_over = _walk(folder)
-    if not names:
-        raise InputError(_nothing(folder, passed_over))
-    loose = [name for name in names if os.sep not in name]
-    remarks = _remarks(passed_over)
-    if not labels or len(loose) == len(names):
-        return Source(str(folder), _Samples(folder, names, [None] * len(names)), len(names), None, remarks=remarks)
-    if loose:
-        raise InputError(
-            f"{folder}: {len(loose)} images lie in the folder itself ({loose[0]}, ...) and"
-            f" {len(names) - len(loose)} in folders below: expected class folders or a flat one. Move them,"
-            " or take all of them without labels: --no-labels"
-        )
-    classes = _class_folders(folder)
-    _refuse_splits(folder, classes)
-    index = {name: i for i, name in enumerate(classes)}
-    of_class: list[int | None] = [index[name.split(os.sep, 1)[0]] for name in names]
-    empty = sorted(set(range(len(classes))).difference(of_class))
-    if empty:
-        remarks.append(f"{len(empty)} class folders hold no images: {_some([classes[i] for i in empty])}")
-    return Source(str(folder), _Samples(folder, names, of_class), len(names), classes, remarks=remarks)
+    return read_tree(FolderTree(folder), labels=labels)
 
 
 def read_list(path: Path, *, root: Path | None = None) -> Source:
@@ -107,7 +104,7 @@ def read_list(path: Path, *, root: Path | None = None) -> Source:
         raise InputError(f"{path}: the list is empty; expected a path per line, optionally ',label'")
     if not root.is_dir():
         raise InputError(f"{root}: expected the folder that the paths of {path} start from; give it with --root")
-    folders = _class_folders(root)
+    folders = FolderTree(root).folders()
     known = set(folders)
     names = [_find(name, root, known) for name, _ in entries]
     given = [label for _, label in entries if label is not None]
@@ -126,7 +123,7 @@ def _walk(folder: Path) -> tuple[list[str], Counter[str]]:
     other: Counter[str] = Counter()
     seen = set()
     prefix = len(str(folder)) + 1 if str(folder) != os.sep else 1
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         status = os.stat(place)
         identity = (status.st_dev, status.st_ino)
         if identity in seen:  # a link back to a folder that was walked already
@@ -135,57 +132,28 @@ def _walk(folder: Path) -> tuple[list[str], Counter[str]]:
         seen.add(identity)
         other["hidden"] += sum(name.startswith(".") for name in folders + files)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = place[prefix:]
+        inside = place[prefix:].replace(os.sep, "/")
         for name in files:
-            extension = os.path.splitext(name)[1].lower()
             if name.startswith("."):
                 continue
-            if extension in EXTENSIONS:
-                names.append(os.path.join(inside, name))
+            if is_image(name):
+                names.append(f"{inside}/{name}" if inside else name)
             else:
-                other[extension or "no extension"] += 1
-    names.sort(key=lambda name: name.split(os.sep))
+                other[kind_of_file(name)] += 1
+    names.sort(key=sort_key)
     return names, +other
 
 
-def _class_folders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _refuse_splits(folder: Path, classes: list[str]) -> None:
-    if {name.lower() for name in classes} <= _SPLITS:
-        raise InputError(
-            f"{folder}: its folders are called {', '.join(classes)}: these look like splits, not classes."
-            f" Convert them one by one, such as: relssl convert {folder / classes[0]} {classes[0]}.beton"
-        )
-
-
-def _nothing(folder: Path, passed_over: Counter[str]) -> str:
-    found = _kinds(passed_over) or "nothing at all"
-    return f"{folder}: no images found; looked for {' '.join(EXTENSIONS)}, there is: {found}"
-
-
-def _remarks(passed_over: Counter[str]) -> list[str]:
-    total = sum(passed_over.values())
-    return [f"passed over {total} files that are hidden or not images: {_kinds(passed_over)}"] if total else []
-
-
-def _kinds(counts: Counter[str]) -> str:
-    """The five most frequent; in an order that does not depend on that of the file system."""
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{count} {kind}" for kind, count in ranked[:5])
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def _refuse_folder(error: OSError) -> None:
+    """`os.walk` would leave out a folder that it cannot read."""
+    raise InputError(f"{error.filename}: the folder cannot be read: {error.strerror}") from error
 
 
 def _split_line(line: str) -> tuple[str, str | None]:
     """(path, label): the label is what follows the last comma or tab, unless that is the name of an image."""
     for separator in (",", "\t"):
         name, found, label = line.rpartition(separator)
-        if found and os.path.splitext(label)[1].lower() not in EXTENSIONS:
+        if found and not is_image(label):
             return name.strip(), label.strip()
     return line, None
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
-import http.server
 import io
 import pickle
-import socket
 import tarfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +16,7 @@ from dataset_tools.convert import convert_source, detect
 from dataset_tools.sources import cifar
 from pipelines import beton
 from pipelines.errors import ConfigError, InputError
+from tests.dataset_tools.serve import serving
 
 PER_BATCH = 6
 
@@ -39,8 +34,8 @@ def batch(name: str, label_key: str) -> bytes:
 
 
 def files_of(spec: cifar.Spec) -> dict[str, bytes]:
-    files = {name: batch(name, spec.label_key) for split in spec.splits.values() for name in split}
-    files[spec.meta] = pickle.dumps({spec.names_key: ["ant", "bee", "cat", "dog"]}, protocol=2)
+    files = {name: batch(name, spec.labels.key) for split in spec.splits.values() for name in split}
+    files[spec.meta] = pickle.dumps({spec.labels.names_key: ["ant", "bee", "cat", "dog"]}, protocol=2)
     return files
 
 
@@ -85,19 +80,6 @@ def same_archive_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.time", lambda: 1.6e9)
 
 
-@contextlib.contextmanager
-def server(folder: Path) -> Iterator[str]:
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    handler = functools.partial(Quiet, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_address[1]}/"
-        httpd.shutdown()
-
-
 # -- reading
 
 
@@ -125,7 +107,7 @@ def test_images_and_labels_in_published_order(tmp_path: Path, kind: str, split: 
 def test_a_wrong_checksum_is_refused(tmp_path: Path, kind: str) -> None:
     folder = put_folder(kind, tmp_path)
     name = cifar.SPECS[kind].splits["test"][0]
-    (folder / name).write_bytes(batch("other", cifar.SPECS[kind].label_key))
+    (folder / name).write_bytes(batch("other", cifar.SPECS[kind].labels.key))
     with pytest.raises(InputError, match=rf"{name}: MD5 .* published is .* --no-checksum"):
         cifar.read(kind, "test", tmp_path)
     assert cifar.read(kind, "test", tmp_path, checksum=False).count == PER_BATCH
@@ -169,7 +151,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
 def test_what_is_absent_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected cifar-10-batches-py/ or cifar-10-python.tar.gz .* --download"):
         convert_source("cifar10", tmp_path / "a.beton", root=tmp_path)
-    with pytest.raises(ConfigError, match="CIFAR-10 has the splits train and test"):
+    with pytest.raises(ConfigError, match="CIFAR-10 has the splits train, test"):
         convert_source("cifar10", tmp_path / "a.beton", root=tmp_path, split="val")
     put_folder("cifar10", tmp_path)
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").unlink()
@@ -177,65 +159,66 @@ def test_what_is_absent_is_named(tmp_path: Path) -> None:
         cifar.read("cifar10", "train", tmp_path, checksum=False)
 
 
+# -- super-classes
+
+FINE = ["apple", "aquarium_fish", "baby", "bear"]
+COARSE = ["fish", "fruit_and_vegetables", "large_carnivores", "people"]
+COARSE_OF = [1, 0, 3, 2]  # super-class of every class
+
+
+@pytest.fixture
+def cifar100(tmp_path: Path) -> Path:
+    """Both kinds of labels, as published."""
+    folder = put_folder("cifar100", tmp_path)
+    for name in ("train", "test"):
+        content = pickle.loads((folder / name).read_bytes())  # noqa: S301  our own
+        content["coarse_labels"] = [COARSE_OF[label] for label in content["fine_labels"]]
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": FINE, "coarse_label_names": COARSE}, protocol=2))
+    return tmp_path
+
+
+def test_the_super_classes_of_cifar100(tmp_path: Path, cifar100: Path) -> None:
+    options = {"root": cifar100, "split": "test", "checksum": False}
+    fine = convert_source("cifar100", tmp_path / "fine.beton", **options)
+    coarse = convert_source("cifar100", tmp_path / "coarse.beton", coarse=True, **options)
+    with beton.open(tmp_path / "fine.beton") as a, beton.open(tmp_path / "coarse.beton") as b:
+        assert (a.classes, b.classes) == (FINE, COARSE)
+        assert b.labels.tolist() == [COARSE_OF[label] for label in a.labels]
+        assert a.labels.tolist() == [(4 + i) % 4 for i in range(PER_BATCH)]
+        assert all(np.array_equal(a.decode(i), b.decode(i)) for i in range(PER_BATCH))
+    assert fine.source == "CIFAR-100 test"
+    assert coarse.source == "CIFAR-100 test, 4 super-classes"
+
+
+def test_coarse_labels_that_are_not_there(tmp_path: Path) -> None:
+    put_folder("cifar100", tmp_path)
+    with pytest.raises(InputError, match="expected 6 whole numbers in 'coarse_labels'"):
+        cifar.read("cifar100", "test", tmp_path, coarse=True, checksum=False)
+    for source in ("cifar10", "stl10", "digits"):
+        with pytest.raises(ConfigError, match=f"--coarse: only cifar100 has super-classes, this source is: {source}"):
+            convert_source(source, tmp_path / "a.beton", coarse=True)
+    with pytest.raises(ConfigError, match="CIFAR-10 has no super-classes"):
+        cifar.read("cifar10", "test", tmp_path, coarse=True)
+
+
 # -- download
 
 
-def test_download(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download(tmp_path: Path, kind: str) -> None:
     (tmp_path / "web").mkdir()
     put_archive(kind, tmp_path / "web")
-    with server(tmp_path / "web") as url:
-        done = convert_source(kind, tmp_path / "a.beton", root=tmp_path / "data", download=True, url=url)
-        monkeypatch.setenv("RELSSL_CIFAR_URL", url + cifar.SPECS[kind].archive)
-        cifar.read(kind, "test", tmp_path / "more", download=True)
+    with serving(tmp_path / "web") as server:
+        done = convert_source(kind, tmp_path / "a.beton", root=tmp_path / "data", download=True, url=server.url)
+        convert_source(kind, tmp_path / "b.beton", root=tmp_path / "data", download=True, url=server.url, split="test")
+    assert server.requests == [(f"/{cifar.SPECS[kind].archive}", None)]
     assert done.images == PER_BATCH * len(cifar.SPECS[kind].splits["train"])
+    assert done.remarks == [f"{done.images} images; published are 50,000 (train)"]
     assert [path.name for path in (tmp_path / "data").iterdir()] == [cifar.SPECS[kind].archive]
-    # The second call finds what the first one fetched: the server is gone.
-    assert cifar.read(kind, "train", tmp_path / "data", download=True, url=url).count == done.images
 
 
-def refused_port() -> str:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{taken.getsockname()[1]}/"
-
-
-def test_a_download_that_fails_leaves_nothing(tmp_path: Path, kind: str) -> None:
-    (tmp_path / "web").mkdir()
-    fetch = functools.partial(cifar.read, kind, "train", tmp_path / "data", download=True)
-    with server(tmp_path / "web") as url:
-        with pytest.raises(InputError, match="the server answers 404 File not found; fetch it by other means"):
-            fetch(url=url)
-        archive = put_archive(kind, tmp_path / "web")
-        archive.write_bytes(archive.read_bytes() + b"x")
-        with pytest.raises(InputError, match=r"http://127.*: MD5 .* published is"):
-            fetch(url=url)
-    with pytest.raises(InputError, match=r"cannot be reached .* is there a network\?"):
-        fetch(url=refused_port())
-    with pytest.raises(InputError, match=r"the download failed|cannot be reached"):
-        fetch(url="nonsense")
-    assert list((tmp_path / "data").iterdir()) == []
-
-
-def test_a_connection_that_breaks_off_leaves_nothing(tmp_path: Path, kind: str) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-
-        def answer() -> None:
-            connection = listener.accept()[0]
-            with connection:
-                connection.recv(1000)
-                connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\nonly this")
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        with pytest.raises(InputError, match=r"broke off at 9 of 1000 bytes|the download failed"):
-            cifar.read(kind, "train", tmp_path, download=True, url=url)
-        thread.join()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_only_cifar_can_be_downloaded(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="only cifar10, cifar100 can be downloaded"):
+def test_only_published_data_sets_can_be_downloaded(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="only cifar10, cifar100, stl10, tiny-imagenet, slimagenet64 can be downloaded"
+    ):
         convert_source("digits", tmp_path / "a.beton", download=True)

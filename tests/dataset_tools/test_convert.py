@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 
 import dataset_tools
 from dataset_tools.convert import convert, convert_source, detect
+from dataset_tools.images import ImageRefused
 from dataset_tools.sources.digits import render_digits
 from dataset_tools.verify import verify
 from pipelines import beton
@@ -167,6 +169,15 @@ def test_bad_inputs_are_skipped_counted_and_listed(tmp_path: Path, folder: Path)
         assert read.labels.tolist() == [0, 0, 1, 1, 2]
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_source_may_refuse_an_image_itself(tmp_path: Path, place: int) -> None:
+    samples: list[Any] = [("good", picture(), 0)]
+    samples.insert(place, ("bad", ImageRefused("out of reach", "for a reason"), 1))
+    done = convert(samples, tmp_path / "a.beton")
+    assert (done.images, done.skipped) == (1, {"out of reach": ["bad"]})
+    assert done.manifest["skipped"]["inputs"] == [["bad", "out of reach: for a reason"]]
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_strict_makes_a_bad_input_an_error(tmp_path: Path, folder: Path, name: str) -> None:
     (folder / "dog" / name).write_bytes(BAD[name])
@@ -269,7 +280,7 @@ def test_names_sort_by_folder_and_not_by_character(tmp_path: Path) -> None:
 
 def test_folders_that_are_refused(tmp_path: Path, folder: Path) -> None:
     out = tmp_path / "a.beton"
-    with pytest.raises(InputError, match="there is no such file or folder; expected a folder of images"):
+    with pytest.raises(InputError, match="there is no such file or folder; expected a folder or archive of images"):
         convert_source(tmp_path / "absent", out)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no images found; looked for \.jpg .*, there is: nothing at all"):
@@ -287,6 +298,37 @@ def test_folders_that_are_refused(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(InputError, match=r"1 images lie in the folder itself \(loose\.png, \.\.\.\) and 5 in folders"):
         convert_source(tmp_path / "sets", out)
     assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = os.scandir
+
+    def closed(path: str) -> object:
+        if str(path).endswith("cat/x"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(InputError, match=r"cat/x: the folder cannot be read: Permission denied"):
+        convert_source(folder, tmp_path / "a.beton")
+
+
+def test_one_class_alone_is_noticed(tmp_path: Path, folder: Path) -> None:
+    folder.rename(tmp_path / "sets")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "sets").rename(tmp_path / "images" / "sets")
+    done = convert_source(tmp_path / "images", tmp_path / "a.beton")
+    assert done.classes == ["sets"]
+    assert f"all images are of one class, sets: is {tmp_path / 'images'} one folder too high?" in done.remarks
+
+
+def test_archives_in_a_folder_are_not_images(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "n01440764.tar").write_bytes(b"")
+    with pytest.raises(InputError, match=r"there is: 1 \.tar; give the archives themselves as the source"):
+        convert_source(tmp_path / "images", tmp_path / "a.beton")
 
 
 def test_the_target_is_looked_at_before_the_source(tmp_path: Path) -> None:
@@ -396,6 +438,25 @@ def test_a_folder_goes_before_a_data_set_of_the_same_name(
     assert detect("digits") == "digits"
     folder.rename("digits")
     assert detect("digits") == "folder"
+
+
+def test_data_sets_in_one_folder_are_told_apart(tmp_path: Path) -> None:
+    for name in ("stl10_binary.tar.gz", "tiny-imagenet-200.zip"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(
+        InputError, match=r"holds stl10, tiny-imagenet: say which, such as: relssl convert stl10 .* --root"
+    ):
+        detect(tmp_path)
+    assert detect(tmp_path / "stl10_binary.tar.gz") == "stl10"
+    assert detect("tiny_imagenet") == detect("tiny-imagenet") == "tiny-imagenet"
+
+
+def test_a_folder_called_like_its_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stl10").mkdir()
+    (tmp_path / "stl10" / "stl10_binary.tar.gz").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"stl10/stl10_binary\.tar\.gz: MD5"):
+        convert_source("stl10", "a.beton")
 
 
 # -- summary and verification
