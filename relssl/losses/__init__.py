@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from relssl.losses.nt_xent import nt_xent
+from relssl.losses.relation_pairs import relation_pairs_loss
 from relssl.losses.relational import relational_cross_entropy
 
-__all__ = ["relational_cross_entropy"]
+__all__ = ["nt_xent", "relation_pairs_loss", "relational_cross_entropy"]

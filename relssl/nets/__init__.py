@@ -13,16 +13,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from pipelines.errors import ConfigError, unknown_name
+from relssl.nets.cifar_resnet import resnet8, resnet32, resnet56
 from relssl.nets.conv4 import Conv4
 from relssl.nets.ema import ema_update, make_teacher
-from relssl.nets.heads import MLPHead
+from relssl.nets.heads import MLPHead, RelationHead
 from relssl.nets.norm import BatchNorm1d, BatchNorm2d, NormKind, parse_norm, set_norm
 from relssl.nets.queue import KeyQueue
-from relssl.nets.resnet import resnet18, resnet34, resnet50
+from relssl.nets.resnet import (
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+from relssl.nets.timm_backbone import PREFIX as TIMM
+from relssl.nets.timm_backbone import TimmBackbone
 
 __all__ = [
     "BACKBONES",
@@ -31,6 +46,7 @@ __all__ = [
     "KeyQueue",
     "MLPHead",
     "NormKind",
+    "RelationHead",
     "build_backbone",
     "ema_update",
     "make_teacher",
@@ -40,25 +56,38 @@ __all__ = [
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "conv4": Conv4,
+    "resnet8": resnet8,
+    "resnet32": resnet32,
+    "resnet56": resnet56,
     "resnet18": resnet18,
     "resnet34": resnet34,
     "resnet50": resnet50,
+    "resnet101": resnet101,
+    "resnet152": resnet152,
+    "resnext50_32x4d": resnext50_32x4d,
+    "resnext101_32x8d": resnext101_32x8d,
+    "resnext101_64x4d": resnext101_64x4d,
+    "wide_resnet50_2": wide_resnet50_2,
+    "wide_resnet101_2": wide_resnet101_2,
 }
 
 
-def build_backbone(name: str, **options: object) -> nn.Module:
+def build_backbone(name: str, **options: Any) -> nn.Module:
     """A freshly initialised backbone (from torch's global generator), float32, on the CPU.
 
     Args:
-        name: `conv4`, `resnet18`, `resnet34` or `resnet50`.
-        options: conv4 takes `width`; the ResNets take `stem` ("imagenet", "cifar" or "small") and `width`.
+        name: one of `BACKBONES`, or `timm:<name>` for any architecture of timm (extra `export`).
+        options: conv4 and the three-stage ResNets (8, 32, 56) take `width`, the other ResNets `stem` ("imagenet",
+            "cifar" or "small") and `width`; those of a timm model go to `timm.create_model`.
 
     Raises:
-        ConfigError: an unknown name or option (the known ones are listed), or a value that the backbone
-            refuses.
+        ConfigError: an unknown name or option (the known ones are listed), or a value that the backbone refuses.
+        MissingExtraError: a timm model without timm.
     """
+    if name.startswith(TIMM):
+        return TimmBackbone(name.removeprefix(TIMM), **options)
     if name not in BACKBONES:
-        raise ConfigError(unknown_name("backbone", name, BACKBONES))
+        raise ConfigError(unknown_name("backbone", name, [*BACKBONES, f"{TIMM}<name>"]))
     builder = BACKBONES[name]
     known = inspect.signature(builder).parameters
     for option in options:

@@ -1,8 +1,15 @@
-"""Projection heads."""
+"""Projection heads, and the head that judges pairs."""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pipelines.errors import ConfigError, unknown_name
+from relssl.nets.norm import BatchNorm1d
+
+AGGREGATIONS = ("cat", "sum", "mean", "max")
 
 
 class MLPHead(nn.Module):
@@ -23,3 +30,58 @@ class MLPHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear2(self.relu(self.linear1(x)))
+
+
+class RelationHead(nn.Module):
+    """Do two feature vectors belong to one image?  (Patacchiola & Storkey, NeurIPS 2020.)
+
+    Linear, BatchNorm, LeakyReLU, Linear on the aggregated pair, with biases and PyTorch's initialisation; the state
+    dict has the original's names `linear1.*`, `bn1.*` and `linear2.*`.  Training goes through
+    `relssl.losses.relation_pairs_loss`, which has no use for lists of pairs; calling the head judges given ones.
+
+    BatchNorm stays local under `set_norm`: its statistics are those of a process's own pairs, which the loss
+    computes.
+
+    Args:
+        feature_dim: D.
+        hidden: units of the hidden layer, 256 in the original.
+        aggregation: `cat` (2 D inputs, the left features first), `sum`, `mean` or `max` (element-wise, D inputs).
+
+    Shape:
+        left (R, D), right (R, D) -> logits (R,), positive for "one image"
+
+    Raises:
+        ConfigError: an unknown aggregation (the original's code goes on with it), a size below 1.
+    """
+
+    norm_locked = True
+    negative_slope = 0.01
+
+    def __init__(self, feature_dim: int, hidden: int = 256, aggregation: str = "cat") -> None:
+        super().__init__()
+        if aggregation not in AGGREGATIONS:
+            raise ConfigError(unknown_name("aggregation", aggregation, AGGREGATIONS))
+        if feature_dim < 1 or hidden < 1:
+            raise ConfigError(f"A relation head needs sizes of at least 1; got {feature_dim} features, {hidden} units.")
+        self.aggregation = aggregation
+        self.linear1 = nn.Linear(2 * feature_dim if aggregation == "cat" else feature_dim, hidden)
+        self.bn1 = BatchNorm1d(hidden)
+        self.linear2 = nn.Linear(hidden, 1)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        hidden = F.leaky_relu(self.bn1(self.linear1(self._aggregate(left, right))), self.negative_slope)
+        return self.linear2(hidden).squeeze(1)
+
+    def _aggregate(self, left: Tensor, right: Tensor) -> Tensor:
+        if self.aggregation == "cat":
+            return torch.cat([left, right], dim=1)
+        if self.aggregation == "max":
+            return torch.stack([left, right]).max(0).values  # at a tie the gradient is the left one's
+        return (left + right) / 2 if self.aggregation == "mean" else left + right
+
+    def move_statistics(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        """Move BatchNorm's running statistics towards those of a batch of pairs, as a forward pass would."""
+        self.bn1.move_running_stats(mean, unbiased_var)
+
+    def extra_repr(self) -> str:
+        return f"aggregation={self.aggregation}"

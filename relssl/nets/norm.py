@@ -183,18 +183,18 @@ class _GroupedStatistics(_BatchNorm):
             stats = torch.stack([mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0)])
             if dist.world_size() > 1:
                 stats = _rank_mean(stats)
-            self._move_running_stats(stats[0], stats[1])
+            self.move_running_stats(stats[0], stats[1])
         return _unfold(out, groups)
 
     @_disable_dynamo
     def _sync_forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         out, mean, var = _SyncBatchNorm.apply(x, self.weight, self.bias, self.eps)
-        self._move_running_stats(mean, var)
+        self.move_running_stats(mean, var)
         return out
 
     @torch.no_grad()
-    def _move_running_stats(self, mean: Tensor, var: Tensor) -> None:
+    def move_running_stats(self, mean: Tensor, var: Tensor) -> None:
         """One step of the moving averages, with torch's meaning of `momentum` (None = cumulative average)."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
