@@ -17,10 +17,10 @@ def table(result: dict[str, Any]) -> str:
     """One Markdown table for all measurements of a file, with the command and the machine above it."""
     environment, settings = result["environment"], result["settings"]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    machine = f"{settings['cores']} core(s) of {environment['processor']}, {versions}"
     lines = [
         f"`{result['command']}`",
-        f"{settings['cores']} core(s) of {environment['processor']}, {versions}, {settings['repeats']} rounds, "
-        f"{result['date']}.",
+        f"{machine}, {settings['repeats']} rounds, {result['date']}.",
         "",
         "| case | | images/s | views/s per core | ours is |",
         "|---|---|---|---|---|",

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from dataset_tools.convert import convert_source
-from pipelines import beton
 from pipelines.loader import ViewLoader
 from pipelines.views import ViewSpec
 from relssl.bench.cases import CASES
