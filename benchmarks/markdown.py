@@ -1,6 +1,6 @@
 """The tables of docs/benchmarks.md from the JSON files of `relssl bench views`.
 
-    python -m benchmarks.markdown benchmarks/results/views_jpeg.json ...
+python -m benchmarks.markdown benchmarks/results/views_jpeg.json ...
 """
 
 from __future__ import annotations
