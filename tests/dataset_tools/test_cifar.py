@@ -16,6 +16,7 @@ from dataset_tools.convert import convert_source, detect
 from dataset_tools.sources import cifar
 from pipelines import beton
 from pipelines.errors import ConfigError, InputError
+from relssl.cli import run
 from tests.dataset_tools.serve import serving
 
 PER_BATCH = 6
@@ -189,6 +190,13 @@ def test_the_super_classes_of_cifar100(tmp_path: Path, cifar100: Path) -> None:
         assert all(np.array_equal(a.decode(i), b.decode(i)) for i in range(PER_BATCH))
     assert fine.source == "CIFAR-100 test"
     assert coarse.source == "CIFAR-100 test, 4 super-classes"
+
+
+def test_the_command_line_takes_them_too(tmp_path: Path, cifar100: Path) -> None:
+    out = tmp_path / "a.beton"
+    assert run(["convert", "cifar100", str(out), "--root", str(cifar100), "--no-checksum", "--coarse"]) == 0
+    with beton.open(out) as read:
+        assert read.classes == COARSE
 
 
 def test_coarse_labels_that_are_not_there(tmp_path: Path) -> None:
