@@ -38,6 +38,7 @@ REQUIRES = [
     "safetensors>=0.4.5",
     "pillow>=12.3",  # refuses decompression bombs in every decoder that we open
     "scikit-learn>=1.5.2",
+    "threadpoolctl>=3.1",
     "matplotlib>=3.9",
     "jinja2>=3.1.4",
     "typer>=0.15.4",

@@ -36,12 +36,19 @@ def batch_sizes(
     takes every image, asks for 0.
 
     Raises:
-        ConfigError: `global_batch` does not divide into the shares, or is larger than the data set.
+        ConfigError: `global_batch` does not divide into the shares, leaves too few images for each, or is larger
+            than the data set.
     """
     if global_batch % shares or global_batch < shares:
         raise ConfigError(
             f"the global batch of {global_batch} images does not divide into {shares} equal parts "
             f"(processes x accumulation); choose a multiple of {shares}"
+        )
+    if global_batch // shares < least_share:
+        raise ConfigError(
+            f"the global batch of {global_batch} images in {shares} parts (processes x accumulation) leaves "
+            f"{global_batch // shares} for each, and batch statistics and pairs need {least_share}; "
+            f"choose at least {least_share * shares}"
         )
     if num_samples < global_batch:
         raise ConfigError(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipelines.errors import ConfigError
+from relssl import dist
 from relssl.config import Optim, Recipe
 from relssl.dist import mix
 from relssl.methods import load_method
@@ -20,11 +22,26 @@ def build_method(recipe: Recipe, data: DataInfo) -> Method:
     """The method of a recipe with its initial weights, equal on every rank and for every world size."""
     torch.manual_seed(mix(recipe.train.seed, "init"))
     options = recipe.backbone.options
-    method = load_method(str(recipe.method["name"]))(
-        lambda: build_backbone(recipe.backbone.name, **options), recipe.method_config(), data
-    )
+    method_class = load_method(str(recipe.method["name"]))
+    _check_needs(method_class, recipe, data)
+    method = method_class(lambda: build_backbone(recipe.backbone.name, **options), recipe.method_config(), data)
     set_norm(method, recipe.backbone.norm, num_micro=recipe.train.num_micro)
     return method
+
+
+def _check_needs(method: type[Method], recipe: Recipe, data: DataInfo) -> None:
+    """What only shows when data and processes are there."""
+    name = recipe.method["name"]
+    if "labels" in method.NEEDS and data.num_classes is None:
+        raise ConfigError(
+            f"method {name} needs a label for every image, but some images of {recipe.data.train} have none; "
+            "convert a data set with labels (folders by class), or choose a self-supervised method"
+        )
+    if "equal_shares" in method.NEEDS and dist.world_size() > 1 and not recipe.train.drop_last:
+        raise ConfigError(
+            f"method {name} needs as many images on each of the {dist.world_size()} processes: "
+            "set train.drop_last: true"
+        )
 
 
 def make_optimizer(optim: Optim, method: nn.Module) -> torch.optim.Optimizer:
@@ -70,6 +87,6 @@ def check_buildable(recipe: Recipe) -> None:
     """
     many = 2**40  # images: what depends on the data set is checked when it is opened
     batch = recipe.train.batch_size
-    data = DataInfo(many, None, batch, recipe.train.epochs * (many // batch), many // batch)
+    data = DataInfo(many, 2, batch, recipe.train.epochs * (many // batch), many // batch)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         make_optimizer(recipe.optim, build_method(recipe, data))

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipelines.engines import check_engine_name
 from pipelines.errors import ConfigError, InputError, unknown_name
-from pipelines.views import ViewSpec, view_counts
+from pipelines.views import ViewSpec
 
 FORMAT = 1
 # Overrides that leave a recipe the one that reproduces its paper's row.
@@ -258,13 +258,13 @@ class Recipe(Section):
         from relssl.build import check_buildable
         from relssl.evaluators.linear import linear_protocol
         from relssl.methods import load_method
-        from relssl.methods.base import check_views
+        from relssl.methods.base import check_plan
 
         method = load_method(str(self.method["name"]))
         self.method_config()
         for until, plan in self.views.specs():
             where = "views" if until is None else f"views until epoch {until}"
-            check_views(method, view_counts(plan), where)
+            check_plan(method, plan, where)
         if "full_batch" in method.NEEDS and not self.train.drop_last:
             raise ConfigError(f"method {self.method['name']} needs full batches: set train.drop_last: true")
         if self.train.num_micro > 1 and method.ACCUMULATION != "exact" and self.train.accumulation == "exact":

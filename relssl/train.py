@@ -51,6 +51,7 @@ EXIT_REQUEUE = 75
 _AGREE_EVERY = 5  # updates between agreements of several ranks to stop: launchers wait 30 s before they kill
 _ESTIMATE_UPDATES = 3  # the first warms up, the others are timed
 _ESTIMATE_FROM = 50  # shorter runs are over before an estimate would pay
+_COLLAPSED = 1e-5  # spread of equal rows; untrained networks have 0.01 and more
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool = False, command: str = "relssl train") -> int:
@@ -66,7 +67,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, command: str = "re
 
     Raises:
         ConfigError, InputError: before the first update.
-        RunError: a loss that is not finite; the last checkpoint is from before.
+        RunError: a loss that is not finite, or collapsed features; the last checkpoint is from before.
     """
     AcceleratorState._reset_state()  # it would hold a second run in this process to the first one's precision
     if recipe.train.tensorboard and find_spec("tensorboard") is None:
@@ -128,6 +129,7 @@ class Trainer:
             self.method.encoder.compile()
         self.names = {id(p): name for name, p in self.method.named_parameters()}
         self.position = self._restore() if resume else Position()
+        self.latest: dict[str, Tensor] = {}  # metrics of the last update
         dist.assert_equal_across_ranks(chain(self.method.named_parameters(), self.method.named_buffers()))
         online = recipe.eval.online
         self.online = OnlineEvaluator(recipe, self.device, self.dtype) if online is not None else None
@@ -140,8 +142,10 @@ class Trainer:
             draw_views(self.recipe, sheet)
         if self.recipe.train.tensorboard:
             self.accelerator.init_trackers("relssl")
-        self.method.train()
         self.stopwatch, self.rate = Stopwatch(self.device), Rate(self.total, self.position.total)
+        if not self.method.TRAINS:
+            return self._keep_initial_weights()
+        self.method.train()
         while self.position.epoch < self.recipe.train.epochs:
             epoch = self.position.epoch
             if self.position.update == 0:
@@ -163,12 +167,11 @@ class Trainer:
         try:
             for update in range(self.position.update, self.per_epoch):
                 micro_batches = islice(batches, self.recipe.train.num_micro)
-                metrics = self._run_update(micro_batches, self.loader.sizes[update])
+                metrics = self.latest = self._run_update(micro_batches, self.loader.sizes[update])
                 self.position = Position(self.position.epoch, update + 1, self.position.total + 1)
                 self.rate.count(self.loader.sizes[update])
                 every = self.recipe.train.checkpoint.every_updates
                 if every is not None and self.position.total % every == 0:
-                    self._check_finite(metrics)
                     self._save()
                 yield metrics
         finally:
@@ -217,14 +220,20 @@ class Trainer:
         for record in records:
             self._record({"kind": "eval", "update": self.position.total, "epoch": epoch, **record})
 
+    def _keep_initial_weights(self) -> int:
+        if self.online is not None:
+            self._evaluate(0)
+        self._finish()
+        return 0
+
     def _finish(self) -> None:
         if self.is_main:
-            save_backbone(self.folder.backbone, self.method.encoder, self.recipe, self.recipe.train.epochs)
+            save_backbone(self.folder.backbone, self.method.encoder, self.recipe, self.position.epoch)
         if self.online is not None:
             self.online.neighbour_sheet(self.method.encoder, self.folder.path / "neighbours.png")
         if self.recipe.train.tensorboard:
             self.accelerator.end_training()
-        self._say(f"done: {self.total} updates. The backbone is {self.folder.backbone}")
+        self._say(f"done: {self.position.total} updates. The backbone is {self.folder.backbone}")
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -232,9 +241,11 @@ class Trainer:
         """Write a checkpoint on the main process; the others wait for it.
 
         Raises:
-            RunError: a parameter or buffer is not finite; the last good checkpoint stays.
+            RunError: training went wrong, or a parameter or buffer is not finite; the last good checkpoint stays.
         """
         with self.rate.paused():
+            if self.latest:
+                self._check_metrics(self.latest)
             self._check_state()
             if self.is_main:
                 scaler = self.accelerator.scaler
@@ -248,16 +259,20 @@ class Trainer:
             self.accelerator.wait_for_everyone()
 
     def _check_state(self) -> None:
-        tensors = [t for t in chain(self.method.parameters(), self.method.buffers()) if t.is_floating_point()]
-        finite = torch.stack([norm.float() for norm in torch._foreach_norm([t.detach() for t in tensors])]).isfinite()
-        if not bool(dist.gather(finite.all()).all()):
-            self._not_finite("the model's state is not finite")
+        state = chain(self.method.named_parameters(), self.method.named_buffers())
+        tensors = {name: t.detach() for name, t in state if t.is_floating_point()}
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors.values()))])
+        bad = dist.gather(~norms.isfinite()[None]).any(0)
+        if bool(bad.any()):
+            named = [name for name, is_bad in zip(tensors, bad.tolist(), strict=True) if is_bad]
+            others = f" and {len(named) - 1} others" if len(named) > 1 else ""
+            self._give_up(f"{named[0]}{others} of the model's state is not finite")
 
-    def _not_finite(self, what: str) -> NoReturn:
+    def _give_up(self, what: str) -> NoReturn:
         found = checkpoint.list_checkpoints(self.folder.checkpoints)
         raise RunError(
-            f"{what} at update {self.position.total}; expected finite numbers. The last checkpoint is "
-            f"{found[-1] if found else 'none'}. Lower optim.lr, lengthen the warm-up, or try train.precision=fp32"
+            f"{what} at update {self.position.total}. The last good checkpoint is {found[-1] if found else 'none'}. "
+            "Lower optim.lr, lengthen the warm-up, or try train.precision=fp32"
         )
 
     def _data_identity(self) -> dict[str, Any]:
@@ -316,6 +331,9 @@ class Trainer:
 
     def _announce(self) -> None:
         recipe, loader = self.recipe, self.loader
+        if not self.method.TRAINS:
+            self._say(f"{recipe.method['name']} trains nothing: {recipe.backbone.name} keeps its initial weights")
+            return
         self._say(
             f"{recipe.method['name']} with {recipe.backbone.name} on {len(loader.files)} images: "
             f"{recipe.train.epochs} epochs of {self.per_epoch} updates of {recipe.train.batch_size} images, "
@@ -375,7 +393,7 @@ class Trainer:
         return self.position.total % self.recipe.train.log_every == 0 or self.position.total == self.total
 
     def _report(self, metrics: dict[str, Tensor]) -> None:
-        values = self._check_finite(metrics)
+        values = self._check_metrics(metrics)
         record = {
             "kind": "train",
             "update": self.position.total,
@@ -390,17 +408,24 @@ class Trainer:
             record["unreadable_images"] = self.loader.num_unreadable
         self._record(record)
 
-    def _check_finite(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+    def _check_metrics(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         """Metrics as numbers, averaged over ranks.
 
         Raises:
-            RunError: the loss is not finite.
+            RunError: the loss is not finite, or features have collapsed to one point.
         """
         stacked = torch.stack([value.detach() for value in metrics.values()])
         stacked = dist.all_reduce_sum(stacked) / dist.world_size()
         values = dict(zip(metrics, stacked.tolist(), strict=True))
-        if not math.isfinite(values["loss"]):
-            self._not_finite(f"the loss is {values['loss']}")
+        for name, value in values.items():
+            if not math.isfinite(value):
+                self._give_up(f"the {name.replace('_', ' ')} is {value}")
+            if name.endswith("_spread") and value < _COLLAPSED:
+                tensor = name.removesuffix("_spread")
+                self._give_up(
+                    f"the {tensor} collapsed: its rows point the same way for every image (spread {value:.1e}, "
+                    "where 1 is all over the sphere)"
+                )
         return values
 
     def _record(self, record: dict[str, Any]) -> None:

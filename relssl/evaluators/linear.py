@@ -9,6 +9,7 @@ Named protocols (`linear_protocol`):
     ressl_imagenet     the code released with ReSSL: 100 epochs, lr 0.3, cosine, weights from N(0, 0.01^2)
     ressl_small        the authors' small-data probe: Nesterov, cosine from lr 0.2
     ressl_small_steps  the same with steps from lr 30, x 0.1 at epochs 60 and 80
+    relational         Self-Supervised Relational Reasoning and its baselines: Adam 1e-3, 100 epochs, no augmentation
     cached             ours, no paper's: features of un-augmented images, computed once, standardised; seconds
 
 The small-data sources name neither the initialisation nor whether the best or the last epoch is reported;
@@ -51,7 +52,7 @@ class LinearProtocol(BaseModel):
 
     name: str = "custom"
     augment: bool = True  # features of fresh augmented views in every epoch; False: of each image once
-    optimizer: Literal["sgd"] = "sgd"
+    optimizer: Literal["sgd", "adam"] = "sgd"  # adam: betas 0.9 and 0.999, eps 1e-8; momentum is not used
     lr: float = Field(gt=0)
     lr_scaling: Literal["none", "linear"] = "none"  # linear: lr x batch_size / 256
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -73,6 +74,8 @@ class LinearProtocol(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> LinearProtocol:
+        if self.optimizer == "adam" and (self.nesterov or self.momentum):
+            raise ValueError("momentum and nesterov belong to optimizer: sgd; set momentum: 0 and nesterov: false")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov: true needs momentum above 0")
         if (self.schedule == "multistep") != bool(self.milestones):
@@ -103,6 +106,16 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     },
     "ressl_small": {**_SMALL, "lr": 0.2},
     "ressl_small_steps": {**_SMALL, "lr": 30.0, "schedule": "multistep", "milestones": (60, 80)},
+    "relational": {
+        "augment": False,
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "momentum": 0.0,
+        "epochs": 100,
+        "batch_size": 128,
+        "schedule": "constant",
+        "select": "last",
+    },
     "cached": {
         "augment": False,
         "lr": 0.03,
@@ -253,13 +266,7 @@ def train_linear_probe(
     shift, scale = _standardisation(batches(0), protocol, feature_dim, device)
     test_x = (test_x - shift) * scale
     weight, bias = _initial_head(feature_dim, num_classes, protocol, seed, device, dtype)
-    optimizer = torch.optim.SGD(
-        [weight, bias],
-        lr=protocol.lr,
-        momentum=protocol.momentum,
-        nesterov=protocol.nesterov,
-        weight_decay=protocol.weight_decay,
-    )
+    optimizer = _optimizer([weight, bias], protocol)
     curve: list[dict[str, Any]] = []
     chosen = (weight, bias)
     with torch.enable_grad(), full_precision(device):
@@ -365,6 +372,18 @@ def _initial_head(
     if not protocol.zero_bias:
         bias.uniform_(-bound, bound, generator=generator)
     return weight.to(device).requires_grad_(), bias.to(device).requires_grad_()
+
+
+def _optimizer(parameters: list[Tensor], protocol: LinearProtocol) -> torch.optim.Optimizer:
+    if protocol.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=protocol.lr, weight_decay=protocol.weight_decay)
+    return torch.optim.SGD(
+        parameters,
+        lr=protocol.lr,
+        momentum=protocol.momentum,
+        nesterov=protocol.nesterov,
+        weight_decay=protocol.weight_decay,
+    )
 
 
 @torch.no_grad()

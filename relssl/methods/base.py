@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipelines.batch import ViewBatch
 from pipelines.errors import ConfigError
+from pipelines.views import ViewSpec, view_counts
 from relssl.dist import mix
 
 
@@ -58,16 +59,22 @@ class Method(nn.Module):
     Attributes:
         Config: pydantic model of the `method:` section of a recipe.
         VIEWS: view name -> (least, most) number of views; most may be None.
-        NEEDS: what must hold before the first step, of `labels`, `dataset_pass`, `stem`, `square`, `full_batch`.
-        ACCUMULATION: `exact` (micro-batches give the same update), `approximate` (must be asked for), `refused`.
-        encoder: the backbone that is evaluated and exported.
+        NEEDS: what must hold before the first step:
+            `labels` (every image has one), `one_size` (all views of a name have one size), `full_batch` (no smaller
+            last batch), `equal_shares` (as many images on every process: no smaller last batch when there are
+            several).
+        ACCUMULATION: `exact` (micro-batches give the same update, provided that the batch statistics do),
+            `approximate` (must be asked for), `refused`.
+        TRAINS: False for a method that has nothing to train; the trainer saves its encoder and stops.
+        encoder: the backbone (`relssl.nets`) that is evaluated and exported; built before anything else.
     """
 
     Config: ClassVar[type[MethodConfig]]
     VIEWS: ClassVar[dict[str, tuple[int, int | None]]]
     NEEDS: ClassVar[frozenset[str]] = frozenset()
     ACCUMULATION: ClassVar[str] = "exact"
-    encoder: nn.Module
+    TRAINS: ClassVar[bool] = True
+    encoder: Any
 
     def __init__(self, make_backbone: Callable[[], nn.Module], config: Any, data: DataInfo):
         super().__init__()
@@ -75,7 +82,10 @@ class Method(nn.Module):
         self.data = data
 
     def forward(self, batch: ViewBatch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the local images (their mean, 0-d, float32 or float64) and 0-d detached metrics."""
+        """Loss of the local images (their mean, 0-d, float32 or float64) and 0-d detached metrics.
+
+        A metric called `<tensor>_spread` (`relssl.ops.rows.spread`) is watched: the run stops when it falls to zero.
+        """
         raise TypeError(f"{type(self).__name__} has no forward of its own")  # nn.Module's own message names no class
 
     def before_epoch(self, step: Step, encode: Callable[[], Tensor]) -> None:
@@ -85,16 +95,15 @@ class Method(nn.Module):
         """Called after the optimizer has stepped; not after a skipped step."""
 
 
-def check_views(method: type[Method], counts: dict[str, int], where: str = "views") -> None:
+def check_plan(method: type[Method], plan: Sequence[ViewSpec], where: str = "views") -> None:
     """Refuse a view plan that a method cannot use.
 
-    Args:
-        counts: view name -> number of views in the plan.
-
     Raises:
-        ConfigError: a name that is missing, too few or too many views, or a name that the method does not know.
+        ConfigError: a name that is missing or that the method does not know, too few or too many views, or views
+            of several sizes where the method stacks them.
     """
-    needed = ", ".join(f"{name}: {_span(low, high)}" for name, (low, high) in method.VIEWS.items())
+    counts = view_counts(plan)
+    needed = ", ".join(f"{name}: {_span(low, high)}" for name, (low, high) in method.VIEWS.items()) or "no views"
     for name, (low, high) in method.VIEWS.items():
         count = counts.get(name, 0)
         if count < low or (high is not None and count > high):
@@ -102,6 +111,14 @@ def check_views(method: type[Method], counts: dict[str, int], where: str = "view
     for name in counts:
         if name not in method.VIEWS:
             raise ConfigError(f"{where}: this method has no view called {name!r}; it needs {needed}")
+    if "one_size" in method.NEEDS:
+        for name in counts:
+            sizes = sorted({spec.size for spec in plan if spec.name == name})
+            if len(sizes) > 1:
+                raise ConfigError(
+                    f"{where}: this method needs all {name!r} views of one size, got "
+                    f"{', '.join(map(str, sizes))} pixels"
+                )
 
 
 def _span(low: int, high: int | None) -> str:

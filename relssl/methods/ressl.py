@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from relssl.methods import base
 from relssl.nets.ema import ema_update, make_teacher
 from relssl.nets.heads import MLPHead
 from relssl.nets.queue import KeyQueue
+from relssl.ops.rows import spread, unit_rows
 
 
 class ReSSLConfig(base.MethodConfig):
@@ -58,15 +58,14 @@ class Method(base.Method):
                 f"method.queue_size is {config.queue_size}, smaller than the batch of {data.global_batch} keys "
                 "that each update adds; raise queue_size or lower train.batch_size"
             )
-        encoder = make_backbone()
-        self.encoder = encoder
-        self.head = MLPHead(encoder.feature_dim, config.hidden_dim, config.embed_dim)
+        self.encoder = make_backbone()
+        self.head = MLPHead(self.encoder.feature_dim, config.hidden_dim, config.embed_dim)
         self.teacher = make_teacher(nn.ModuleDict({"encoder": self.encoder, "head": self.head}))
         self.queue = KeyQueue(config.queue_size, config.embed_dim)
         self._held: list[tuple[Tensor, Tensor]] = []  # places and keys of the micro-batches of one update
 
     def forward(self, batch: ViewBatch, step: base.Step) -> tuple[Tensor, dict[str, Tensor]]:
-        q_VBD = torch.cat([_normalize(self.head(self.encoder(x))) for x in batch.views["student"]])
+        q_VBD = torch.cat([unit_rows(self.head(self.encoder(x))) for x in batch.views["student"]])
         with torch.no_grad():
             if step.micro == 0:
                 self._update_teacher()
@@ -85,7 +84,7 @@ class Method(base.Method):
             places, keys = (torch.cat(parts) for parts in zip(*self._held, strict=True))
             self.queue.push(keys[places.argsort()])  # the order of the global batch, however it was cut
             self._held = []
-        return loss, {"embedding_std": _embedding_std(q_VBD.detach())}
+        return loss, {"embedding_spread": spread(q_VBD)}
 
     def _update_teacher(self) -> None:
         ema_update(self.teacher["encoder"], self.encoder, self.config.momentum)
@@ -114,14 +113,4 @@ class Method(base.Method):
         return keys_GD[local], keys_GD
 
     def _teacher_embedding(self, x: Tensor) -> Tensor:
-        return _normalize(self.teacher["head"](self.teacher["encoder"](x)))
-
-
-def _normalize(x: Tensor) -> Tensor:
-    """Unit rows, at least in float32: similarities divided by a temperature of 0.04 need the digits."""
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
-
-
-def _embedding_std(q: Tensor) -> Tensor:
-    """Standard deviation of an embedding's entries times sqrt(D): 1 = spread over the sphere, 0 = collapsed."""
-    return q.std(dim=0).mean() * q.shape[1] ** 0.5
+        return unit_rows(self.teacher["head"](self.teacher["encoder"](x)))

@@ -32,6 +32,26 @@ class MLPHead(nn.Module):
         return self.linear2(self.relu(self.linear1(x)))
 
 
+class NormMLPHead(nn.Module):
+    """Linear, BatchNorm, LeakyReLU, Linear: SimCLR's head and DeepCluster's classifier in the relational repository.
+
+    Biases and PyTorch's initialisation; the state dict has the original's names `linear1.*`, `bn1.*`, `linear2.*`.
+
+    Shape:
+        (B, in_dim) -> (B, out_dim)
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, *, negative_slope: float = 0.01) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(in_dim, hidden_dim)
+        self.bn1 = BatchNorm1d(hidden_dim)
+        self.linear2 = nn.Linear(hidden_dim, out_dim)
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear2(F.leaky_relu(self.bn1(self.linear1(x)), self.negative_slope))
+
+
 class RelationHead(nn.Module):
     """Do two feature vectors belong to one image?  (Patacchiola & Storkey, NeurIPS 2020.)
 

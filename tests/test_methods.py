@@ -1,0 +1,327 @@
+"""What holds for every method. Methods are found by their files, and each is built from its recipe `cifar10_cpu`.
+
+A new method is tested here as soon as there are `relssl/methods/<name>.py` and `configs/<name>/cifar10_cpu.yaml`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from pipelines import beton
+from pipelines.errors import ConfigError, InputError, RunError
+from pipelines.loader import ViewLoader
+from relssl.build import build_method, make_optimizer, make_schedule
+from relssl.config import Recipe, load_recipe
+from relssl.evaluate import open_weights
+from relssl.methods import load_method, method_names
+from relssl.methods.base import Method, Step
+from relssl.recipes import recipe_path
+from relssl.runfolder import RunFolder
+from relssl.train import data_info, run_update, train
+from tests.relssl import tiny
+from tests.relssl.dist_helpers import run_ranks
+from tests.relssl.test_train import assert_equal_states, final_state
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = method_names()
+TRAINED = [name for name in NAMES if load_method(name).TRAINS]
+BATCH = 16
+# Methods whose loss for half of a batch says nothing about the other half: pairs and shifts stay within a process.
+LOCAL = {"relational", "deepinfomax"}
+SMALL = {"ressl": ["method.queue_size=48"], "deepcluster": ["method.num_clusters=4"]}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("methods")
+    tiny.write_data(folder / "train.beton", side=32)
+    tiny.write_data(folder / "test.beton", seed=1, side=32)
+    return folder
+
+
+def recipe_of(name: str, data: Path, *overrides: str) -> Recipe:
+    return load_recipe(
+        recipe_path(f"{name}/cifar10_cpu"),
+        [
+            f"data.train={data / 'train.beton'}", f"data.test={data / 'test.beton'}", "data.engine=resident",
+            f"train.batch_size={BATCH}", "train.epochs=2", "train.log_every=1", "optim.schedule.name=constant",
+            "eval.online=null", *SMALL.get(name, []), *overrides,
+        ],
+    )  # fmt: skip
+
+
+class Rig:
+    """A method with its optimizer and loader, as the trainer sets them up."""
+
+    def __init__(self, recipe: Recipe, dtype: torch.dtype = torch.float32, rank: int = 0, world: int = 1):
+        self.recipe = recipe
+        self.loader = ViewLoader(
+            recipe.data.train, recipe.views.specs(), global_batch=recipe.train.batch_size,
+            num_micro=recipe.train.num_micro, engine="resident", device=torch.device("cpu"), seed=0, dtype=dtype,
+            rank=rank, world_size=world, drop_last=True, workers=1,
+        )  # fmt: skip
+        self.info = data_info(recipe, self.loader)
+        self.method = build_method(recipe, self.info).to(dtype).train()
+        self.optimizer = make_optimizer(recipe.optim, self.method)
+        self.schedule = make_schedule(recipe.optim, 3, 6, recipe.train.batch_size)
+        self.updates = 0
+
+    def begin_epoch(self) -> Iterator[Any]:
+        torch.manual_seed(1)
+        features = torch.randn(self.info.num_samples, self.method.encoder.feature_dim).abs()
+        self.method.before_epoch(Step(self.updates, 0), lambda: features)
+        self.loader.set_position(0, 0)
+        return iter(self.loader)
+
+    def update(self, batches: Iterator[Any], ddp: torch.nn.Module | None = None) -> dict[str, Tensor]:
+        step = Step(self.updates, 0, num_micro=self.recipe.train.num_micro)
+        micro_batches = [next(batches) for _ in range(step.num_micro)]
+        self.updates += 1
+        return run_update(
+            ddp or self.method, self.optimizer, micro_batches, step, schedule=self.schedule, num_images=BATCH
+        )
+
+
+def test_every_method_has_its_recipe() -> None:
+    assert {path.parent.name for path in (ROOT / "configs").glob("*/cifar10_cpu.yaml")} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_an_update_moves_what_trains_and_nothing_else(name: str, data: Path) -> None:
+    rig = Rig(recipe_of(name, data))
+    before = {key: value.clone() for key, value in rig.method.named_parameters()}
+    batch = next(rig.begin_epoch())
+    loss, metrics = rig.method(batch, Step(0, 0))
+    assert (loss.dim(), loss.dtype) == (0, torch.float32)
+    assert loss.isfinite()
+    assert all(m.dim() == 0 and not m.requires_grad and m.isfinite() for m in metrics.values())
+    assert any(key.endswith("_spread") for key in metrics)
+    loss.backward()
+    for key, parameter in rig.method.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, key
+        if parameter.requires_grad and not key.endswith("linear1.bias"):  # BatchNorm takes that one out again
+            assert (parameter.grad != 0).any(), key
+    rig.method.zero_grad()
+    rig.update(rig.begin_epoch())
+    for key, parameter in rig.method.named_parameters():
+        if not parameter.requires_grad:
+            assert key.startswith(("teacher.", "target.")), key
+    assert any(not torch.equal(before[k], p) for k, p in rig.method.encoder.named_parameters(prefix="encoder"))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_run_is_a_function_of_its_seed(name: str, data: Path, tmp_path: Path) -> None:
+    for run, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert train(recipe_of(name, data, f"train.seed={seed}"), tmp_path / run) == 0
+    assert_equal_states(final_state(tmp_path / "a"), final_state(tmp_path / "b"))
+    with pytest.raises(AssertionError):
+        assert_equal_states(final_state(tmp_path / "a"), final_state(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside an epoch, so that what `before_epoch` made must come out of the checkpoint."""
+    options = ["train.checkpoint.every_updates=1", "train.checkpoint.keep=10"]
+    train(recipe_of(name, data, *options), tmp_path / "whole")
+    train(recipe_of(name, data, *options), tmp_path / "cut")
+    checkpoints = sorted((tmp_path / "cut" / "checkpoints").iterdir())
+    for path in checkpoints[4:]:  # updates 5, 6 and the end
+        (path / "COMPLETE").unlink()
+    calls: list[int] = []
+    cls = load_method(name)
+    original = cls.before_epoch
+    monkeypatch.setattr(cls, "before_epoch", lambda self, step, encode: (calls.append(1), original(self, step, encode)))
+    train(recipe_of(name, data, *options), tmp_path / "cut", resume=True)
+    assert not calls  # the second epoch had begun
+    assert_equal_states(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_state_survives_save_and_load(name: str, data: Path) -> None:
+    rig = Rig(recipe_of(name, data))
+    batches = rig.begin_epoch()
+    rig.update(batches)
+    other = Rig(recipe_of(name, data, "train.seed=5"))
+    other.method.load_state_dict(copy.deepcopy(rig.method.state_dict()))
+    batch = next(batches)
+    results = []
+    for method in (rig.method, other.method):
+        torch.manual_seed(0)
+        results.append(method(batch, Step(1, 0))[0])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_view_plan_is_refused_before_the_first_step(name: str, data: Path) -> None:
+    cls = load_method(name)
+    view, (low, high) = next(iter(cls.VIEWS.items()))
+    spec = {"name": view, "size": 32, "box": "whole"}
+    wrong: list[tuple[list[dict[str, Any]], str]] = [
+        ([*_least(cls), {**spec, "name": "other"}], "no view called 'other'")
+    ]
+    if low:
+        wrong.append(([s for s in _least(cls) if s["name"] != view] or [{**spec, "name": "other"}], f"got 0 '{view}'"))
+    if high is not None:
+        wrong.append(([*_least(cls), {**spec, "count": high}], f"'{view}' view"))
+    if "one_size" in cls.NEEDS:
+        wrong.append(([spec, {**spec, "size": 24}], "of one size, got 24, 32 pixels"))
+    for plan, message in wrong:
+        with pytest.raises(ConfigError, match=message) as refused:
+            recipe_of(name, data, f"views.plan={_yaml(plan)}")
+        if "no view" in message or "got 0" in message:
+            assert all(f"{needed}: " in str(refused.value) for needed in cls.VIEWS)
+
+
+def _least(cls: type[Method]) -> list[dict[str, Any]]:
+    counts = {view: low for view, (low, _) in cls.VIEWS.items() if low}
+    return [{"name": view, "size": 32, "box": "whole", "count": count} for view, count in counts.items()]
+
+
+def _yaml(plan: list[dict[str, Any]]) -> str:
+    return yaml.safe_dump(plan, default_flow_style=True, width=10_000).strip()
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_thirty_updates_under_bfloat16_stay_finite(name: str, data: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(name, data, "train.precision=bf16", "train.epochs=10", "train.checkpoint.every_epochs=10")
+    assert train(recipe, tmp_path / "run") == 0
+    records = RunFolder(tmp_path / "run").read_metrics()
+    assert len(records) == 30
+    assert all(torch.tensor(record["loss"]).isfinite() for record in records)
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+def _state_after(rank: int, name: str, folder: str, world: int, num_micro: int, norm: str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    recipe = recipe_of(
+        name, Path(folder), "train.precision=fp64", f"train.num_micro={num_micro}", "train.accumulation=approximate",
+        f"backbone.norm={norm}", "train.drop_last=true",
+    )  # fmt: skip
+    rig = Rig(recipe, torch.float64, rank, world)
+    ddp: torch.nn.Module = rig.method
+    if world > 1:
+        ddp = torch.nn.parallel.DistributedDataParallel(rig.method, broadcast_buffers=False)
+    batches = rig.begin_epoch()
+    for _ in range(3):
+        rig.update(batches, ddp)
+    return {key: value.detach().clone() for key, value in rig.method.state_dict().items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["sync", "split(4)"])
+@pytest.mark.parametrize("name", [name for name in TRAINED if name not in LOCAL])
+def test_two_processes_equal_one(name: str, norm: str, data: Path) -> None:
+    one = _state_after(0, name, str(data), 1, 1, norm)
+    two = run_ranks(_state_after, 2, name, str(data), 2, 1, norm)
+    for key, value in one.items():
+        torch.testing.assert_close(two[0][key], value, rtol=0, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(two[1][key], two[0][key], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(LOCAL))
+def test_two_processes_equal_two_micro_batches(name: str, data: Path) -> None:
+    """Each half of the batch is on its own: the update is the mean of both halves' gradients.
+
+    Running statistics are those of the first half, of both in turn with micro-batches; they do not act on training.
+    """
+    one = _state_after(0, name, str(data), 1, 2, "local")
+    two = run_ranks(_state_after, 2, name, str(data), 2, 1, "local")[0]
+    for key, value in one.items():
+        if not key.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            torch.testing.assert_close(two[key], value, rtol=0, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def _refusal(rank: int, name: str, folder: str) -> str:
+    try:
+        recipe_of(name, Path(folder), "train.drop_last=false")
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_methods_that_gather_want_equal_shares(data: Path) -> None:
+    assert "on each of the 2 processes: set train.drop_last: true" in run_ranks(_refusal, 2, "simclr", str(data))[1]
+    assert run_ranks(_refusal, 2, "rotation", str(data)) == ["", ""]
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+def test_random_weights_are_saved_as_they_are(data: Path, tmp_path: Path) -> None:
+    assert train(recipe_of("random", data, "eval.online={every_epochs: 1}"), tmp_path / "run") == 0
+    folder = RunFolder(tmp_path / "run")
+    kept, fresh = open_weights(tmp_path / "run"), open_weights(tmp_path / "run", random_init=True)
+    assert kept.epochs == 0
+    assert_equal_states(kept.backbone.state_dict(), fresh.backbone.state_dict())
+    assert [record["kind"] for record in folder.read_metrics()] == ["eval"]
+    assert "trains nothing" in folder.log.read_text()
+
+
+def test_labels_are_asked_for_where_they_are_needed(data: Path, tmp_path: Path) -> None:
+    tiny.write_data(tmp_path / "train.beton", labels=False, side=32)
+    recipe = recipe_of("supervised", data, f"data.train={tmp_path / 'train.beton'}")
+    with pytest.raises(ConfigError, match="supervised needs a label for every image"):
+        train(recipe, tmp_path / "run")
+
+
+def test_collapsed_features_stop_a_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = load_method("simclr")
+    forward = cls.forward
+
+    def collapsing(self: Any, batch: Any, step: Step) -> Any:
+        loss, metrics = forward(self, batch, step)
+        return loss, {**metrics, "embedding_spread": torch.tensor(1e-7 if step.update >= 4 else 0.5)}
+
+    monkeypatch.setattr(cls, "forward", collapsing)
+    with pytest.raises(RunError, match=r"the embedding collapsed.*at update 5\. The last good checkpoint is .*000003"):
+        train(recipe_of("simclr", data), tmp_path / "run")
+    # Not seen by a report either: the next checkpoint is not written.
+    with pytest.raises(RunError, match=r"at update 6\. The last good checkpoint is .*000003"):
+        train(recipe_of("simclr", data, "train.log_every=100"), tmp_path / "quiet")
+
+
+def test_one_image_per_process_is_refused(data: Path, tmp_path: Path) -> None:
+    recipe = recipe_of("relational", data, "train.num_micro=16", "train.accumulation=approximate")
+    with pytest.raises(ConfigError, match=r"leaves 1 for each, and batch statistics and pairs need 2"):
+        train(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("x = 1", "has no class Method"),
+        ("from relssl.methods.simclr import Config", "cannot be loaded: ImportError"),
+        (None, "no method file"),
+    ],
+)
+def test_a_method_file_that_is_none(tmp_path: Path, source: str | None, message: str) -> None:
+    path = tmp_path / "mine.py"
+    if source is not None:
+        path.write_text(source)
+    with pytest.raises((ConfigError, InputError), match=message):
+        load_method(str(path))
+
+
+def test_features_come_in_file_order(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `before_epoch` gets to see."""
+    seen: list[Tensor] = []
+    cls = load_method("deepcluster")
+    monkeypatch.setattr(cls, "before_epoch", lambda self, step, encode: seen.append(encode()))
+    train(recipe_of("deepcluster", data), tmp_path / "run")
+    with beton.open(data / "train.beton") as files:
+        assert [(x.shape, x.dtype) for x in seen] == 2 * [((len(files), 64), torch.float32)]
+    assert not torch.equal(seen[0], seen[1])
