@@ -63,6 +63,7 @@ EXTRAS["dev"] = [
     "pytest-xdist>=3.6",
     "ruff>=0.9",
     "setuptools>=77",
+    "timm>=1.0.12",
     "types-PyYAML",
     "wheel",
 ]

@@ -267,14 +267,26 @@ class Recipe(Section):
             check_plan(method, plan, where)
         if "full_batch" in method.NEEDS and not self.train.drop_last:
             raise ConfigError(f"method {self.method['name']} needs full batches: set train.drop_last: true")
-        if self.train.num_micro > 1 and method.ACCUMULATION != "exact" and self.train.accumulation == "exact":
-            raise ConfigError(
-                f"train.num_micro is {self.train.num_micro}, but with method {self.method['name']} gradient "
-                "accumulation changes the result (batch statistics see one micro-batch at a time); "
-                "set train.accumulation: approximate to accept that, or train.num_micro: 1"
-            )
+        if self.train.num_micro > 1:
+            self._check_accumulation(method.ACCUMULATION)
         linear_protocol(self.eval.linear.protocol, **self.eval.linear.options)
         check_buildable(self)
+
+    def _check_accumulation(self, kind: str) -> None:
+        name, times = self.method["name"], self.train.num_micro
+        if kind == "refused":
+            raise ConfigError(f"method {name} cannot accumulate gradients; set train.num_micro: 1, got {times}")
+        whole_groups = self.backbone.norm.startswith("split")
+        if self.train.accumulation == "exact" and not (kind == "exact" and whole_groups):
+            reason = (
+                "batch statistics see one micro-batch at a time; backbone.norm: split(n) would keep them"
+                if kind == "exact"
+                else "the loss and the batch statistics see one micro-batch at a time"
+            )
+            raise ConfigError(
+                f"train.num_micro is {times}, but with method {name} gradient accumulation changes the result "
+                f"({reason}); set train.accumulation: approximate to accept that, or train.num_micro: 1"
+            )
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)

@@ -66,7 +66,8 @@ def sheet(
     foot = [caption] if caption else []
     if shared:
         which = "first column fitted to its cell, all others" if first else "all pictures"
-        foot.append(f"{which} at one scale: 1 pixel is drawn {zoom:.3g} pixels wide")
+        wide = "" if zoom == 1 else f": 1 pixel is drawn {zoom:.3g} pixels wide"
+        foot.append(f"{which} at one scale{wide}")
     return _compose([label for label, _ in rows], cells, list(column_titles or []), cell, title, foot)
 
 

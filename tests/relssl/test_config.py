@@ -168,3 +168,28 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
 def test_a_recipe_of_another_format_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="format 99"):
         load_recipe(write(tmp_path), ["format=99"])
+
+
+@pytest.mark.parametrize(
+    ("method", "norm", "message"),
+    [
+        ("rotation", "local", r"split\(n\) would keep them"),
+        ("simclr", "split(8)", "the loss and the batch statistics see one micro-batch"),
+        ("rotation", "split(8)", None),
+    ],
+)
+def test_accumulation_that_changes_the_result_must_be_asked_for(method, norm, message):
+    overrides = ["train.num_micro=2", f"backbone.norm={norm}", "train.drop_last=true"]
+    if message is not None:
+        with pytest.raises(ConfigError, match=message):
+            load_recipe(recipe_path(f"{method}/cifar10_cpu"), overrides)
+        overrides.append("train.accumulation=approximate")
+    assert load_recipe(recipe_path(f"{method}/cifar10_cpu"), overrides).train.num_micro == 2
+
+
+def test_a_method_may_refuse_accumulation(monkeypatch):
+    from relssl.methods import load_method
+
+    monkeypatch.setattr(load_method("rotation"), "ACCUMULATION", "refused")
+    with pytest.raises(ConfigError, match=r"rotation cannot accumulate gradients; set train\.num_micro: 1, got 2"):
+        load_recipe(recipe_path("rotation/cifar10_cpu"), ["train.num_micro=2", "train.accumulation=approximate"])
