@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from relssl.losses.assignment import assignment_cross_entropy, sinkhorn_assign
+from relssl.losses.component_contrastive import component_contrastive, connected_components, nearest_neighbours
 from relssl.losses.nt_xent import nt_xent
 from relssl.losses.relation_pairs import relation_pairs_loss
 from relssl.losses.relational import relational_cross_entropy
 
-__all__ = ["nt_xent", "relation_pairs_loss", "relational_cross_entropy"]
+__all__ = [
+    "assignment_cross_entropy",
+    "component_contrastive",
+    "connected_components",
+    "nearest_neighbours",
+    "nt_xent",
+    "relation_pairs_loss",
+    "relational_cross_entropy",
+    "sinkhorn_assign",
+]

@@ -31,12 +31,9 @@ import torch
 from torch import Tensor
 
 from relssl.ops.known_gradient import attach_gradient
+from relssl.ops.tiles import keys_per_tile
 
 REDUCTIONS = ("mean", "log_mean")
-# Elements of a tile of rows x keys: the L2 cache of a CPU core, and launches worth their while on a GPU.
-_CPU_TILE, _GPU_TILE = 1 << 18, 1 << 25
-# At least this many tiles, so that each stays far below rows x keys in a small batch as well.
-_MIN_TILES = 8
 
 
 def nt_xent(
@@ -129,7 +126,7 @@ def _log_sum_exp(scaled_ND: Tensor, rows_ND: Tensor, extra_MD: Tensor) -> Tensor
 
 def _tiles(scaled_ND: Tensor, rows_ND: Tensor, extra_MD: Tensor) -> Iterator[tuple[Tensor, Tensor, slice | None]]:
     """Products with some keys at a time, those keys, and which rows they are (None: extra keys)."""
-    chunk = _chunk(len(rows_ND), len(rows_ND) + len(extra_MD), rows_ND.device)
+    chunk = keys_per_tile(len(rows_ND), len(rows_ND) + len(extra_MD), rows_ND.device)
     for start in range(0, len(rows_ND), chunk):
         keys_CD = rows_ND[start : start + chunk]
         tile_NC = scaled_ND @ keys_CD.T
@@ -138,8 +135,3 @@ def _tiles(scaled_ND: Tensor, rows_ND: Tensor, extra_MD: Tensor) -> Iterator[tup
     for start in range(0, len(extra_MD), chunk):
         keys_CD = extra_MD[start : start + chunk].to(rows_ND.dtype)
         yield scaled_ND @ keys_CD.T, keys_CD, None
-
-
-def _chunk(num_rows: int, num_keys: int, device: torch.device) -> int:
-    elements = _CPU_TILE if device.type == "cpu" else _GPU_TILE
-    return max(1, min(elements // num_rows, -(-num_keys // _MIN_TILES)))
