@@ -17,13 +17,14 @@ BOOTSTRAP = @command -v $(firstword $(PYTHON)) >/dev/null 2>&1 || { \
 PYTEST = "$(VENV)/bin/python" -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast cifar-table lint ffcv doctor clean distclean
+.PHONY: help install demo test test-fast cifar-table status lint ffcv doctor clean distclean
 
 help:  ## what there is
 	@echo "make demo        images -> .beton -> ReSSL -> an evaluated backbone, on this machine, with a report"
 	@echo "make test        the whole test suite"
 	@echo "make test-fast   the tests of every day, under 3 minutes"
 	@echo "make cifar-table every method on CIFAR-10, minutes each: does it learn anything here?"
+	@echo "make status      docs/status.md: how far each method is proven, from the tests that prove it"
 	@echo "make lint        ruff and mypy"
 	@echo "make install     only the environment (.venv); then: . .venv/bin/activate"
 	@echo "make ffcv        add FFCV, which the tests read our files with, or try again"
@@ -50,6 +51,10 @@ test-fast:
 cifar-table:
 	$(BOOTSTRAP) demo
 	@"$(VENV)/bin/python" -m benchmarks.cifar_table $(ARGS)
+
+status:
+	$(BOOTSTRAP) test
+	@"$(VENV)/bin/python" -m benchmarks.status $(ARGS)
 
 lint:
 	$(BOOTSTRAP) test

@@ -6,6 +6,7 @@ and views.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ BASELINES = golden.load("baselines_step")
 RELATIONAL_CASES = sorted({key.split("/")[0] for key in RELATIONAL})
 NAMES = {"simclr": "simclr", "rotationnet": "rotation", "deepinfomax": "deepinfomax"}
 TOLERANCE = 1e-9  # float64, absolute
+STATES = {"simclr": 2e-4, "rotationnet": 1e-5, "deepinfomax": 1e-3}  # float32, relative to the largest entry
 # A bias in front of a BatchNorm has no gradient but rounding, which Adam blows up in float32.
 ROUNDING = ("linear1.bias", "bn1.running_mean")
 
@@ -103,10 +105,12 @@ class Run:
         return out
 
 
-def compare(arrays: dict[str, dict[str, Tensor]], data: dict[str, np.ndarray], after: int, tolerance: dict) -> int:
-    """Every stored array of one moment; the number of them. Tolerances are per kind, relative to the largest entry
-    unless the data is float64."""
-    compared = 0
+def compare(
+    arrays: dict[str, dict[str, Tensor]], data: dict[str, np.ndarray], after: int, tolerance: dict
+) -> list[float]:
+    """Every stored array of one moment; their largest differences. Tolerances are per kind, relative to the largest
+    entry unless the data is float64."""
+    errors = []
     for kind, ours in arrays.items():
         stored = f"{kind}{after}" if kind != "exp_avg_sq" else f"exp_avg_sq{after}"
         for key, value in ours.items():
@@ -127,44 +131,73 @@ def compare(arrays: dict[str, dict[str, Tensor]], data: dict[str, np.ndarray], a
                 limit = tolerance.get(kind, tolerance["after"])
                 if tolerance["relative"] and kind not in tolerance.get("absolute", ()):
                     limit *= max(np.abs(wanted).max(), 1e-6 / limit)
-                assert np.abs(got - wanted).max() <= limit, f"{stored}/{key}: off by {np.abs(got - wanted).max()}"
-                compared += 1
-    return compared
+                errors.append(float(np.abs(got - wanted).max()))
+                assert errors[-1] <= limit, f"{stored}/{key}: off by {errors[-1]}"
+    return errors
 
 
 EXACT = {"relative": False, "after": TOLERANCE}
 
 
+@pytest.mark.evidence(
+    "relational", "L1", "focal and BCE: loss, parameters, statistics, Adam's moments",
+    golden="relational_step",
+    tolerance={"float64": TOLERANCE, "float32": "loss 1e-5; of the largest entry: weights 2e-4, moments 1e-5"},
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("case", RELATIONAL_CASES)
-def test_four_steps_of_relational_reasoning_equal_the_originals(case: str, dtype: torch.dtype) -> None:
+def test_four_steps_of_relational_reasoning_equal_the_originals(
+    case: str, dtype: torch.dtype, record_property: Callable[[str, object], None]
+) -> None:
     data = golden.part(RELATIONAL, f"{case}/")
     views = int(data["K"])
     loss = "focal" if "pair_accuracy" in data else "bce"
     run = Run(build("relational", {**data, "view0": data["step0/view0"]}, dtype, loss=loss), float(data["lr"]))
     exact = dtype == torch.float64
     tolerance = EXACT if exact else {"relative": True, "after": 2e-4, "exp_avg": 1e-5, "exp_avg_sq": 1e-5}
-    compared = 0
+    errors: list[float] = []
     for s in range(len(data["losses"])):
         metrics = run.update(batch_of([data[f"step{s}/view{k}"] for k in range(views)], dtype))
         assert metrics["loss"] == pytest.approx(data["losses"][s], abs=TOLERANCE, rel=0 if exact else 1e-5)
         if loss == "focal" and exact:
             assert 100 * metrics["pair_accuracy"] == pytest.approx(data["pair_accuracy"][s], abs=1e-4)
-        compared += compare(run.arrays(), data, s + 1, tolerance)
+        errors += compare(run.arrays(), data, s + 1, tolerance)
     stored = [key for key in data if key.startswith(("after", "exp_avg"))]
-    assert compared == len(stored) if exact else compared > len(stored) / 2
+    assert len(errors) == len(stored) if exact else len(errors) > len(stored) / 2
+    tell(record_property, run, errors, exact)
+
+
+def step_of(method: str, case: str) -> pytest.MarkDecorator:
+    """The marker of a baseline's training step."""
+    of_states = f"{STATES[case]:.0e}".replace("e-0", "e-")
+    float32 = f"loss 1e-5; of the largest entry: weights {of_states}, moments 1e-5"
+    what = "loss, parameters, statistics, Adam's moments"
+    tolerance = {"float64": TOLERANCE, "float32": float32}
+    return pytest.mark.evidence(method, "L1", what, golden="baselines_step", tolerance=tolerance)
+
+
+def tell(record_property: Callable[[str, object], None], run: Run, errors: list[float], exact: bool) -> None:
+    """What the test has seen, for the record of evidence; differences in float32 are not of one scale."""
+    record_property("steps", run.updates)
+    record_property("arrays", len(errors))
+    if exact:
+        record_property("largest_error", max(errors))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("case", sorted(NAMES))
+@pytest.mark.parametrize("case", [pytest.param(case, marks=step_of(NAMES[case], case)) for case in sorted(NAMES)])
 def test_a_step_of_the_baselines_equals_the_originals(
-    case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    case: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     data = golden.part(BASELINES, f"{case}/")
     method = build(NAMES[case], data, dtype)
     if case == "deepinfomax":
         settings = {key: float(data[key]) for key in ("alpha", "beta", "gamma")}
-        assert settings == method.config.model_dump(exclude={"name"})
+        assert settings == {key: getattr(method.config, key) for key in settings}
+        assert method.config.local_places is None  # all places, as the original
         monkeypatch.setattr(method, "_noise", lambda batch, step: golden.tensor(data["prior"], dtype))
     run = Run(method, float(data["lr"]))
     views = [data[key] for key in ("x", "view0", "view1") if key in data]
@@ -173,13 +206,13 @@ def test_a_step_of_the_baselines_equals_the_originals(
     assert metrics["loss"] == pytest.approx(float(data["loss"]), abs=TOLERANCE, rel=0 if exact else 1e-5)
     if "accuracy" in data:
         assert 100 * metrics["accuracy"] == pytest.approx(float(data["accuracy"]), abs=1e-4)
-    states = {"simclr": 2e-4, "rotationnet": 1e-5, "deepinfomax": 1e-3}[case]
-    tolerance = {"relative": True, "after": states, "exp_avg": 1e-5}
+    tolerance = {"relative": True, "after": STATES[case], "exp_avg": 1e-5}
     if case == "deepinfomax":
         tolerance["absolute"] = ("exp_avg",)
-    compared = compare(run.arrays(), data, 1, EXACT if exact else tolerance)
+    errors = compare(run.arrays(), data, 1, EXACT if exact else tolerance)
     stored = [key for key in data if key.startswith(("after1", "exp_avg1"))]
-    assert compared == len(stored) if exact else compared > len(stored) / 2
+    assert len(errors) == len(stored) if exact else len(errors) > len(stored) / 2
+    tell(record_property, run, errors, exact)
 
 
 def test_the_learning_rates_of_the_recipes_are_the_originals() -> None:

@@ -36,6 +36,10 @@ def deterministic_fill(module: torch.nn.Module) -> None:
 # -- RotNet ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.evidence(
+    "rotation", "L0", "turned images, targets, and cross-entropy of given logits",
+    golden="baselines", dtype="float32", tolerance="exact, loss 1e-6",
+)  # fmt: skip
 def test_rotations_are_the_originals() -> None:
     turned, targets = rotation.rotations(array("rotation__x"))
     assert torch.equal(turned, array("rotation__out"))
@@ -58,6 +62,10 @@ def test_rotation_refuses_what_is_not_square() -> None:
 # -- Deep InfoMax ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.evidence(
+    "deepinfomax", "L0", "local term, prior term, their sum, and its gradient to features, map and discriminators",
+    golden="baselines", dtype="float32", tolerance="loss 1e-5, gradient 1e-4", gradient=True,
+)  # fmt: skip
 def test_local_and_prior_terms_are_the_originals() -> None:
     y, stem = array("dim__y").requires_grad_(), array("dim__M").requires_grad_()
     local = deepinfomax.LocalDiscriminator(y.shape[1], stem.shape[1])
@@ -82,6 +90,10 @@ def test_local_and_prior_terms_are_the_originals() -> None:
     assert compared == 6
 
 
+@pytest.mark.evidence(
+    "deepinfomax", "L0", "global term and its scores (weight 0 unless asked for); values only",
+    golden="baselines", dtype="float32", tolerance="loss 1e-5, scores 1e-4",
+)  # fmt: skip
 def test_the_global_term_is_the_originals() -> None:
     y = array("dim__y")
     shape = [int(n) for n in ARRAYS["dim__global_M_shape"]]
@@ -133,11 +145,19 @@ def test_weights_that_leave_nothing_to_learn_are_refused() -> None:
 # -- DeepCluster -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.evidence(
+    "deepcluster", "L0", "whitened, normalised features, by their products (signs are arbitrary)",
+    golden="baselines", dtype="float32", tolerance="1e-3",
+)  # fmt: skip
 def test_whitened_features_are_the_originals() -> None:
     white = deepcluster.whiten(ARRAYS["dc__features"])
     np.testing.assert_allclose(white @ white.T, ARRAYS["dc__gram"], atol=1e-3)
 
 
+@pytest.mark.evidence(
+    "deepcluster", "L0", "k-means is as tight as the original's worst of ten seeds",
+    golden="baselines", dtype="float32", tolerance="2 %",
+)  # fmt: skip
 def test_clusters_are_as_tight_as_the_originals() -> None:
     points, k = ARRAYS["dc__pca_white_l2"], int(ARRAYS["dc__kmeans_k"])
     labels = deepcluster.cluster(points, k, deepcluster.DeepClusterConfig(), seed=0)
@@ -146,6 +166,10 @@ def test_clusters_are_as_tight_as_the_originals() -> None:
     assert (labels == deepcluster.cluster(points, k, deepcluster.DeepClusterConfig(), seed=0)).all()
 
 
+@pytest.mark.evidence(
+    "deepcluster", "L0", "class weights, and the weighted cross-entropy of given logits; values only",
+    golden="baselines", dtype="float32", tolerance="weights 1e-6, loss 1e-5",
+)  # fmt: skip
 def test_class_weights_and_their_loss_are_the_originals() -> None:
     labels = array("dc__labels")
     weight = deepcluster.weight_of_classes(labels, len(ARRAYS["dc__class_weight"]))

@@ -29,6 +29,10 @@ def loop_scores(train_x, train_y, test_x, k, temperature, num_classes):
     return scores
 
 
+@pytest.mark.evidence(
+    "shared", "part", "weighted kNN of the ReSA repository: right images of top-1 and top-5, k = 5 to 25",
+    golden="knn", dtype="float32", tolerance="exact",
+)  # fmt: skip
 @pytest.mark.parametrize("case", ["c10", "c100"])
 def test_equals_the_published_classifier(case):
     golden = np.load(GOLDEN)

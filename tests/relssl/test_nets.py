@@ -34,6 +34,10 @@ def test_the_golden_file_covers_what_it_should():
     assert FILLED == ["resnet34", "resnet56"]
 
 
+@pytest.mark.evidence(
+    "shared", "part", "conv4, resnet8, resnet32: features, two gradients, running statistics",
+    golden="backbones", dtype="float32", tolerance="1e-4, gradients of resnet32 1e-3",
+)  # fmt: skip
 @pytest.mark.parametrize("name", STORED)
 def test_golden_features_gradients_and_running_statistics(name):
     net = load_stored(name)
@@ -76,6 +80,10 @@ def deterministic_fill(net):
         tensor.copy_(s)
 
 
+@pytest.mark.evidence(
+    "shared", "part", "resnet34, resnet56: features, evaluation and training mode",
+    golden="backbones", dtype="float32", tolerance="1e-5 of the largest; training 2e-4",
+)  # fmt: skip
 @pytest.mark.parametrize("name", FILLED)
 def test_golden_features_of_a_deterministic_fill(name):
     net = build_backbone(name)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from relssl.losses import nt_xent
-from relssl.losses.nt_xent import _chunk
+from relssl.ops.tiles import keys_per_tile
 from tests.relssl import golden
 from tests.relssl.counting import Allocations
 
@@ -234,10 +234,10 @@ def test_nothing_as_large_as_rows_times_keys_is_ever_made(b, m, reduction):
         assert seen.peak < 0.25 * naively.peak
 
 
-def test_default_chunk():
+def test_default_keys_per_tile():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [_chunk(n, n, cpu) for n in (2, 9, 512, 8192, 10**6)] == [1, 2, 64, 32, 1]
-    assert [_chunk(n, n, cuda) for n in (2, 512, 8192, 65536)] == [1, 64, 1024, 512]
+    assert [keys_per_tile(n, n, cpu) for n in (2, 9, 512, 8192, 10**6)] == [1, 2, 64, 32, 1]
+    assert [keys_per_tile(n, n, cuda) for n in (2, 512, 8192, 65536)] == [1, 64, 1024, 512]
 
 
 # ---- the original codes' numbers
@@ -255,6 +255,10 @@ def simclr_of_the_relational_repository(embeddings, temperature):
     return -q.mean().log()
 
 
+@pytest.mark.evidence(
+    "simclr", "L0", "the repository's loss (log of the mean) and its gradient; value of the paper's (mean of the logs)",
+    golden="baselines", dtype="float32", tolerance="loss 1e-5, gradient 1e-4", gradient=True,
+)  # fmt: skip
 @pytest.mark.parametrize("temperature", ["0.5", "0.1"])
 @pytest.mark.parametrize("case", ["simclr0", "simclr1"])
 def test_golden_simclr_of_the_relational_repository(case, temperature):
@@ -285,6 +289,10 @@ def test_golden_simclr_of_the_relational_repository(case, temperature):
     )
 
 
+@pytest.mark.evidence(
+    "wcl", "part", "instance loss (NT-Xent over all processes) and its gradient, of one rank and of two",
+    golden="wcl_loss", dtype="float32", tolerance="loss 1e-5, gradient 1e-4 of its largest entry", gradient=True,
+)  # fmt: skip
 @pytest.mark.parametrize("prefix", golden.cases(WCL))
 def test_golden_instance_loss_of_wcl(prefix):
     """The other ranks' rows are further keys, without gradient."""

@@ -40,6 +40,10 @@ class Named(nn.Module):
             module.register_parameter(leaf, nn.Parameter(golden.tensor(value)))
 
 
+@pytest.mark.evidence(
+    "wcl", "part", "LARS: parameters and momentum after every step, and which parameters it leaves alone",
+    golden="wcl_lars", dtype="float32", tolerance="1e-5",
+)  # fmt: skip
 @pytest.mark.parametrize("prefix", golden.cases(LARS))
 def test_golden_lars(prefix):
     case = golden.part(LARS, prefix)
@@ -191,7 +195,18 @@ def test_build_optimizer_refuses():
 # ---- schedules
 
 
-@pytest.mark.parametrize("name", ["ressl_lr", "wcl_lr"])
+def learning_rates(method):
+    what = "learning rate of every step of a training"
+    return pytest.mark.evidence(method, "part", what, golden=f"{method}_lr", dtype="float64", tolerance="1e-12")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("ressl_lr", marks=learning_rates("ressl")),
+        pytest.param("wcl_lr", marks=learning_rates("wcl")),
+    ],
+)
 def test_golden_learning_rates(name):
     arrays = golden.load(name)
     for prefix in golden.cases(arrays):
@@ -214,6 +229,10 @@ def test_golden_learning_rates(name):
             np.testing.assert_allclose(scaled, case["base_lr"], rtol=1e-12)
 
 
+@pytest.mark.evidence(
+    "resa", "part", "learning rate and momentum of the teacher for every step of a training",
+    golden="resa_schedules", dtype="float64", tolerance="1e-12",
+)  # fmt: skip
 def test_golden_resa_schedules():
     arrays = golden.load("resa_schedules")
     for prefix in sorted({key.split("__")[0] + "__" for key in arrays}):

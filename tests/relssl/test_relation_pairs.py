@@ -455,6 +455,12 @@ def golden_head(case, aggregation):
     return features, head, part
 
 
+@pytest.mark.evidence(
+    "relational", "L0", "focal and BCE, four aggregations: loss, all gradients, running statistics, pair accuracy",
+    golden="relational_loss",
+    tolerance={"float32": "loss 1e-5, gradient 2e-4", "float64": "loss 1e-12, gradient 2e-4 (stored in float32)"},
+    gradient=True,
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("loss", ["focal", "bce"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -482,6 +488,10 @@ def test_golden_loss_gradients_and_statistics(case, aggregation, loss, dtype):
     assert int(head.bn1.num_batches_tracked) == 1
 
 
+@pytest.mark.evidence(
+    "relational", "L0", "the head's logits of the original's pairs, training and evaluation mode",
+    golden="relational_loss", dtype="float32", tolerance="2e-5",
+)  # fmt: skip
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("case", CASES)
 def test_golden_logits(case, aggregation):

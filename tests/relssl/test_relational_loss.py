@@ -353,6 +353,10 @@ def replay(rank, prefix):
     return steps
 
 
+@pytest.mark.evidence(
+    "ressl", "L0", "loss, its gradient, and the queue after each step; in one process and in two",
+    golden="ressl_loss", dtype="float32", tolerance="loss 1e-5, gradient 1e-4 of its largest entry", gradient=True,
+)  # fmt: skip
 @pytest.mark.parametrize("prefix", CASES)
 def test_golden_losses_gradients_and_queue(prefix):
     case = golden.part(ARRAYS, prefix)
