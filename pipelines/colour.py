@@ -1,4 +1,4 @@
-"""Everything after the crop, for every engine: jitter, grey, blur, solarise, normalise.
+"""Everything after the crop, for every engine: jitter, grey, blur, solarise, affine, normalise, erase.
 
 Formulas are torchvision's float functionals, each sample with its own parameters and its own order of the jitter's
 operations. On the CPU compiled loops do the work, a range of images at a time, whichever thread asks (`kernels`). On
@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines import kernels
@@ -33,7 +34,7 @@ def colour(
     Args:
         crops: (V, B, S, S, 3) uint8, contiguous, on the device.
         params: what was drawn for these views.
-        spec: the view; its normalisation is applied last.
+        spec: the view; its normalisation comes after the operations, and before `erase`.
         out: (V, B, S, S, 3) floating point on the same device, with pixels or planes contiguous in memory; on the CPU
             rows start ... stop-1 of its second axis are overwritten, elsewhere all.
     """
@@ -73,7 +74,7 @@ _LOCAL = threading.local()
 
 def _scratch(size: int) -> np.ndarray:
     """This thread's room for the planes of one view: kept, as fresh memory costs more than a view's colours."""
-    needed = 4 * size * size + 4 * size
+    needed = 6 * size * size + 4 * size
     held = getattr(_LOCAL, "scratch", None)
     if held is None or len(held) < needed:
         held = _LOCAL.scratch = np.empty(needed, np.float32)
@@ -94,25 +95,40 @@ def _kinds(names: tuple[str, ...]) -> np.ndarray:
 
 # -- torch, any device
 
-Step = tuple[Callable[[Tensor, Tensor], Tensor], np.ndarray, np.ndarray]  # function, rows (n,), coefficients (n, 4)
+Step = tuple[Callable[[Tensor, Tensor], Tensor], np.ndarray, np.ndarray]  # function, rows (n,), coefficients (n, 6)
 
 
 def colour_torch(crops: Tensor, params: ViewParams, spec: ViewSpec, out: Tensor) -> None:
     """`colour` by batched torch operations."""
     planes = crops.flatten(0, 1).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255.0
-    steps = [step for op in params.ops for step in _STEPS[op.name](op) if len(step[1])]
-    if steps:
-        lengths = [len(rows) for _, rows, _ in steps]
-        every_row = on_device(np.concatenate([rows for _, rows, _ in steps]), planes.device).split(lengths)
-        every_value = on_device(np.concatenate([values for _, _, values in steps]), planes.device).split(lengths)
-        for (function, _, _), rows, values in zip(steps, every_row, every_value, strict=True):
-            if len(rows) == len(planes):  # all of them, and in order
-                planes = function(planes, values)
-            else:
-                planes[rows] = function(planes[rows], values)
+    steps = _on_device([step for op in params.ops for step in _STEPS[op.name](op) if len(step[1])], planes.device)
+    for step in steps:
+        if step[0] is not _erase:
+            planes = _done(planes, *step)
     scale, shift = (_channels(tuple(values.tolist()), planes.device) for values in _scale_and_shift(spec.normalize))
-    planes = planes.mul_(scale).add_(shift).unflatten(0, crops.shape[:2])
-    out.copy_(planes.permute(0, 1, 3, 4, 2))
+    planes = planes.mul_(scale).add_(shift)
+    for step in steps:
+        if step[0] is _erase:
+            planes = _done(planes, *step)
+    out.copy_(planes.unflatten(0, crops.shape[:2]).permute(0, 1, 3, 4, 2))
+
+
+def _on_device(steps: list[Step], device: torch.device) -> list[tuple[Callable[..., Tensor], Tensor, Tensor]]:
+    """Rows and coefficients of all steps as tensors, in two copies."""
+    if not steps:
+        return []
+    lengths = [len(rows) for _, rows, _ in steps]
+    rows = on_device(np.concatenate([rows for _, rows, _ in steps]), device).split(lengths)
+    values = on_device(np.concatenate([values for _, _, values in steps]), device).split(lengths)
+    return [(function, *both) for (function, _, _), *both in zip(steps, rows, values, strict=True)]
+
+
+def _done(planes: Tensor, function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, values: Tensor) -> Tensor:
+    """Planes (N, 3, S, S) after one step of some of them."""
+    if len(rows) == len(planes):  # all of them, and in order
+        return function(planes, values)
+    planes[rows] = function(planes[rows], values)
+    return planes
 
 
 @functools.lru_cache(maxsize=64)
@@ -127,28 +143,34 @@ def _jitter_steps(op: OpParams) -> list[Step]:
     or the luma. So a sample takes up to three such steps before its hue, then the hue, then the rest of them.
     """
     rows = np.flatnonzero(op.apply)
-    factors, order = op.value.reshape(-1, 4)[rows], op.order.reshape(-1, 4)[rows]
+    factors, order = _flat(op.value)[rows], _flat(op.order)[rows]
     hue_at = (order == HUE).argmax(1)
     linear_order = order[order != HUE].reshape(-1, 3)
 
     def linear(place: int, mine: np.ndarray) -> Step:
         kind = linear_order[mine, place]
         f = factors[mine, kind]
-        values = np.stack([f, (1 - f) * (kind == 1), (1 - f) * (kind == 2), np.zeros_like(f)], axis=1)
-        return _linear, rows[mine], values.astype(np.float32)
+        values = np.zeros((len(mine), factors.shape[1]), np.float32)
+        values[:, 0], values[:, 1], values[:, 2] = f, (1 - f) * (kind == 1), (1 - f) * (kind == 2)
+        return _linear, rows[mine], values
 
     before = [linear(place, np.flatnonzero(place < hue_at)) for place in range(3)]
     after = [linear(place, np.flatnonzero(place >= hue_at)) for place in range(3)]
     turned = np.flatnonzero(factors[:, HUE] != 0)
-    return [*before, (_hue, rows[turned], np.roll(factors[turned], 1, axis=1)), *after]
+    return [*before, (_hue, rows[turned], factors[turned]), *after]
 
 
 def _one_step(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[OpParams], list[Step]]:
     def steps(op: OpParams) -> list[Step]:
         rows = np.flatnonzero(op.apply)
-        return [(function, rows, op.value.reshape(-1, 4)[rows])]
+        return [(function, rows, _flat(op.value)[rows])]
 
     return steps
+
+
+def _flat(values: np.ndarray) -> np.ndarray:
+    """(V, B, n) as (V B, n)."""
+    return values.reshape(-1, values.shape[-1])
 
 
 def _luma(x: Tensor) -> Tensor:
@@ -166,7 +188,7 @@ def _linear(x: Tensor, values: Tensor) -> Tensor:
 
 
 def _hue(x: Tensor, values: Tensor) -> Tensor:
-    """Rotate the hue by values[:, 0] turns, in [-1/2, 1/2].
+    """Rotate the hue by values[:, HUE] turns, in [-1/2, 1/2].
 
     With v = max, m = min, c = v - m, the hue in sixths times c is q (below), and each channel is m plus c times a
     clipped triangle wave of period 6c. Grey pixels (c = 0) come out as m without a special case.
@@ -176,7 +198,7 @@ def _hue(x: Tensor, values: Tensor) -> Tensor:
     low = torch.minimum(torch.minimum(r, g), b)
     chroma = value - low
     q = torch.where(value == r, g - b, torch.where(value == g, (b - r) + 2 * chroma, (r - g) + 4 * chroma))
-    q = q + values[:, 0].view(-1, 1, 1) * 6.0 * chroma
+    q = q + values[:, HUE].view(-1, 1, 1) * 6.0 * chroma
     period = 6.0 * chroma
 
     def channel(shift: float) -> Tensor:
@@ -219,4 +241,36 @@ def _solarise(x: Tensor, values: Tensor) -> Tensor:
     return torch.where(x >= values[:, 0].view(-1, 1, 1, 1), 1.0 - x, x)
 
 
-_STEPS = {"jitter": _jitter_steps, "grey": _one_step(_grey), "blur": _one_step(_blur), "solarise": _one_step(_solarise)}
+def _affine(x: Tensor, values: Tensor) -> Tensor:
+    """Pixels from where the matrix of values[:, :6] says (`pipelines.draw.inverse_affine`), black outside the image.
+
+    As PIL transforms, and not as torchvision transforms tensors: the image ends at the edge of its last pixels, which
+    are taken as they are within half a pixel of it, and nothing there is mixed with black.
+    """
+    side = x.shape[-1]
+    u = torch.arange(side, device=x.device, dtype=torch.float32) + (0.5 - side / 2)
+    a, b, c, d, e, f = values.view(-1, 6, 1, 1).unbind(1)
+    v = u.view(-1, 1)
+    at_x, at_y = (a * u + (b * v + c)) + side / 2, (d * u + (e * v + f)) + side / 2
+    inside = (at_x >= 0) & (at_x < side) & (at_y >= 0) & (at_y < side)
+    grid = torch.stack([at_x, at_y], dim=-1).clamp_(0.5, side - 0.5).mul_(2 / side).sub_(1)
+    return F.grid_sample(x, grid, mode="bilinear", align_corners=False) * inside.unsqueeze(1)
+
+
+def _erase(x: Tensor, values: Tensor) -> Tensor:
+    """values[:, 4] in the box of values[:, :4] = top, left, height, width."""
+    top, left, height, width, value = values[:, :5].view(-1, 5, 1, 1, 1).unbind(1)
+    at = torch.arange(x.shape[-1], device=x.device)
+    row, column = at.view(-1, 1), at
+    inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
+    return torch.where(inside, value, x)
+
+
+_STEPS = {
+    "jitter": _jitter_steps,
+    "grey": _one_step(_grey),
+    "blur": _one_step(_blur),
+    "solarise": _one_step(_solarise),
+    "affine": _one_step(_affine),
+    "erase": _one_step(_erase),
+}

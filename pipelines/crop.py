@@ -2,7 +2,8 @@
 
 A crop takes the box of an image (pixels outside it do not exist), resizes it to `resized` with the antialiased
 triangle filter of PIL and torchvision, keeps the square at `offset`, and mirrors it when asked. The result is
-rounded to 8 bits, as PIL does. `crop_image` makes all crops of one decoded image of any size, `crop_small` those of
+rounded to 8 bits, as PIL does. A box that is not resized gives its own pixels, to the bit, and its square may reach
+over its edge, where it is black. `crop_image` makes all crops of one decoded image of any size, `crop_small` those of
 data sets that live in memory on the CPU; both are compiled loops (`kernels`). `crop_matmul` is two batched matrix
 products, for data sets in the memory of an accelerator.
 """
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from pipelines import kernels
 from pipelines.draw import ViewParams
+
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def crop_small(
@@ -29,7 +32,7 @@ def crop_small(
         out: (V, B, S, S, 3) uint8, C-contiguous; rows start ... stop-1 of its second axis are overwritten.
 
     Raises:
-        ValueError: a box leaves the image, or the square leaves the resized box.
+        ValueError: a box leaves the image; the square leaves a resized box, or has no pixel of one that is not.
     """
     cubic = params.interpolation == "bicubic"
     stop = len(ids) if stop is None else stop
@@ -52,7 +55,11 @@ def crop_matmul(images: Tensor, ids: Tensor, params: ViewParams, dtype: torch.dt
 
     Returns:
         (V, B, S, S, 3) uint8 on the device of `images`.
+
+    Raises:
+        ValueError: see `check_squares`.
     """
+    check_squares(params)
     height, width = images.shape[1:3]
     views, batch, size = params.count, len(ids), params.size
     weight_x = _interpolation_matrix(params, 1, width, images.device).to(dtype)
@@ -92,7 +99,7 @@ def _interpolation_matrix(params: ViewParams, axis: int, length: int, device: to
     distance = ((tap + nearest) / filter_scale.float().unsqueeze(-1)).abs()
     weight = _cubic(distance) if cubic else (1 - distance).clamp(min=0)
     weight = weight * ((tap >= 0) & (tap < taps.float().unsqueeze(-1)))
-    return weight / weight.sum(-1, keepdim=True)
+    return weight / weight.sum(-1, keepdim=True).clamp(min=_SMALLEST)  # nothing is weighed beyond the edge of a box
 
 
 def _cubic(x: Tensor) -> Tensor:
@@ -111,12 +118,27 @@ def crop_image(image: Tensor, params: ViewParams, row: int, out: Tensor) -> None
         out: (V, B, S, S, 3) uint8, C-contiguous; `row` of its second axis is overwritten.
 
     Raises:
-        ValueError: a box leaves the image, or the square leaves the resized box.
+        ValueError: a box leaves the image; the square leaves a resized box, or has no pixel of one that is not.
     """
     kernels.crop_image(
         image.permute(1, 2, 0).numpy(), params.box, params.resized, params.offset, params.flip,
         params.interpolation == "bicubic", out.numpy(), row,
     )  # fmt: skip
+
+
+def check_squares(params: ViewParams) -> None:
+    """What the compiled loops check in each crop, for those who hand the crops on.
+
+    Raises:
+        ValueError: a square leaves a resized box, or has no pixel of one that is not.
+    """
+    offset, resized, size = params.offset, params.resized, params.size
+    if (offset >= 0).all() and (offset + size <= resized).all():
+        return
+    over_the_edge = ((offset < 0) | (offset + size > resized)).any(-1)
+    reached = ((offset > -size) & (offset < resized)).all(-1) & (params.box[..., 2:] == resized).all(-1)
+    if not reached[over_the_edge].all():
+        raise ValueError("a crop's square does not lie inside its resized box")
 
 
 def on_device(values: np.ndarray, device: torch.device) -> Tensor:

@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from pipelines.errors import ConfigError
 from pipelines.views import ViewSpec
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 # Slots of a view's stream. Ten attempts of four numbers for the box, one for the flip, sixteen for each op:
-# adding an op to a plan leaves the box, the flip and the ops before it as they were.
+# adding an op to a plan leaves the box, the flip and the ops before it as they were. `erase`, of ten attempts too,
+# may take more than sixteen, as it is the last op.
 _ATTEMPTS = 10
 _FLIP_SLOT = 4 * _ATTEMPTS
 _FIRST_OP_SLOT = 64
 _SLOTS_PER_OP = 16
 
 JITTER_OPS = ("brightness", "contrast", "saturation", "hue")
+NUM_VALUES = 6  # of the op that needs the most
 
 
 @dataclass
@@ -37,7 +40,8 @@ class OpParams:
     Attributes:
         name: key of `pipelines.views.OPS`.
         apply: (V, B) bool.
-        value: (V, B, 4) float32: jitter's factors as in `JITTER_OPS`; blur's sigma or solarise's threshold in front.
+        value: (V, B, 6) float32, the first of them: jitter's factors as in `JITTER_OPS`; blur's sigma; solarise's
+            threshold; affine's matrix as in `inverse_affine`; erase's top, left, height, width and value.
         order: (V, B, 4) uint8: which of `JITTER_OPS` comes first, second, ...
     """
 
@@ -49,7 +53,7 @@ class OpParams:
 
 @dataclass
 class PackedOps:
-    """The operations of a spec in their order: `names`, apply (V, B, O), value (V, B, O, 4), order (V, B, O, 4)."""
+    """The operations of a spec in their order: `names`, apply (V, B, O), value (V, B, O, 6), order (V, B, O, 4)."""
 
     names: tuple[str, ...]
     apply: np.ndarray
@@ -66,8 +70,9 @@ class ViewParams:
     """What the V = `count` views of one spec look like for each of B images.
 
     A crop reads `box` (V, B, 4) = top, left, height, width in source pixels, resizes it to `resized` (V, B, 2) and
-    keeps the square of `size` pixels at `offset` (V, B, 2); all int32. `flip` (V, B) bool mirrors the result. The
-    views of a spec lie in one array because kernels and draw cost least over many at once.
+    keeps the square of `size` pixels at `offset` (V, B, 2); all int32. Where nothing is resized the square may reach
+    over the edge of the box, and is black there. `flip` (V, B) bool mirrors the result. The views of a spec lie in
+    one array because kernels and draw cost least over many at once.
     """
 
     size: int
@@ -109,16 +114,43 @@ def draw(
 
     Returns:
         One `ViewParams` per spec, in plan order, with the spec's `count` views in it.
+
+    Raises:
+        ConfigError: an image is too small for a view; see `check_sizes`.
     """
     index = np.asarray(index, dtype=np.uint64)
     heights, widths = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
     drawn, number = [], 0
     for spec in plan:
+        check_sizes(spec, heights, widths, lambda row: f"image {index[row]}")
         keys = np.array([_key(seed, epoch, n) for n in range(number, number + spec.count)], dtype=np.uint64)
         stream = Stream(_hashed(keys[:, None], index).ravel())
         drawn.append(_draw_views(spec, stream, np.tile(heights, spec.count), np.tile(widths, spec.count)))
         number += spec.count
     return drawn
+
+
+def check_sizes(spec: ViewSpec, heights: np.ndarray, widths: np.ndarray, name: Callable[[int], str]) -> None:
+    """Refuse images that are too small to take a view from.
+
+    Args:
+        heights, widths: (N,) sides of the images in pixels.
+        name: what the message calls an image, given its place in `heights`.
+
+    Raises:
+        ConfigError: a padded image is smaller than the square that `pad_crop` takes out of it.
+    """
+    if spec.box_kind != "pad_crop":
+        return
+    padding, short = spec.box_options["padding"], np.minimum(heights, widths)
+    if (short + 2 * padding >= spec.size).all():
+        return
+    row = int(short.argmin())
+    raise ConfigError(
+        f"view {spec.name!r}: box pad_crop takes {spec.size} x {spec.size} pixels out of an image with a border of "
+        f"{padding}, but {name(row)} has {heights[row]} x {widths[row]} pixels; set padding to at least "
+        f"{-((short[row] - spec.size) // 2)}, or size to at most {short[row] + 2 * padding}"
+    )
 
 
 def counter_hash(seed: int, epoch: int, number: int, index: np.ndarray) -> np.ndarray:
@@ -174,7 +206,9 @@ def _draw_views(spec: ViewSpec, stream: Stream, heights: np.ndarray, widths: np.
         box = _random_resized(stream, heights, widths, spec.box_options["scale"], spec.box_options["ratio"])
     elif spec.box_kind == "center":
         resized, offset = _resize_then_center(heights, widths, spec.box_options["resize"], spec.size)
-    ops = _draw_ops(spec.ops, stream)
+    elif spec.box_kind == "pad_crop":
+        resized, offset = _pad_then_crop(stream, heights, widths, spec.box_options["padding"], spec.size)
+    ops = _draw_ops(spec.ops, stream, spec.size)
     by_view = functools.partial(_by_view, spec.count)
     return ViewParams(
         size=spec.size,
@@ -200,25 +234,39 @@ def _random_resized(
     ratio: tuple[float, float],
 ) -> np.ndarray:
     """torchvision's `RandomResizedCrop.get_params`: the first of ten tries that fits, else a central crop."""
-    area = (heights * widths).astype(np.float64)
     box = _central_fallback(heights, widths, ratio)
+    _try_boxes(box, stream, 0, heights, widths, scale, ratio, lambda side, most: (side > 0) & (side <= most))
+    return box
+
+
+def _try_boxes(
+    box: np.ndarray,
+    stream: Stream,
+    slot: int,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    fits: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> None:
+    """Put the first of ten boxes whose sides fit into `box` (B, 4), where there is one. `scale` is their share of the
+    area, `ratio` is width over height, log-uniform."""
+    area = (heights * widths).astype(np.float64)
     open_rows = np.arange(len(heights))
-    for attempt in range(_ATTEMPTS):
+    for first in range(slot, slot + 4 * _ATTEMPTS, 4):
         tried = Stream(stream.keys[open_rows])
-        slot = 4 * attempt
-        target = area[open_rows] * tried.uniform(slot, *scale)
-        aspect = np.exp(tried.uniform(slot + 1, math.log(ratio[0]), math.log(ratio[1])))
+        target = area[open_rows] * tried.uniform(first, *scale)
+        aspect = np.exp(tried.uniform(first + 1, math.log(ratio[0]), math.log(ratio[1])))
         w = np.rint(np.sqrt(target * aspect)).astype(np.int64)
         h = np.rint(np.sqrt(target / aspect)).astype(np.int64)
         high, wide = heights[open_rows], widths[open_rows]
-        fits = (w > 0) & (w <= wide) & (h > 0) & (h <= high)
-        top = tried.below(slot + 2, np.maximum(high - h + 1, 1))
-        left = tried.below(slot + 3, np.maximum(wide - w + 1, 1))
-        box[open_rows[fits]] = np.stack([top, left, h, w], axis=1)[fits]
-        open_rows = open_rows[~fits]
+        found = fits(w, wide) & fits(h, high)
+        top = tried.below(first + 2, np.maximum(high - h + 1, 1))
+        left = tried.below(first + 3, np.maximum(wide - w + 1, 1))
+        box[open_rows[found]] = np.stack([top, left, h, w], axis=1)[found]
+        open_rows = open_rows[~found]
         if not len(open_rows):
             break
-    return box
 
 
 def _central_fallback(heights: np.ndarray, widths: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
@@ -238,13 +286,23 @@ def _resize_then_center(
     return resized, np.rint((resized - size) / 2.0).astype(np.int64)
 
 
-def _draw_ops(ops: Sequence[Sequence[Any]], stream: Stream) -> PackedOps:
+def _pad_then_crop(
+    stream: Stream, heights: np.ndarray, widths: np.ndarray, padding: int, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """torchvision's RandomCrop(size, padding), without making the padded image."""
+    resized = np.stack([heights, widths], axis=1)
+    room = resized + (2 * padding - size + 1)
+    offset = np.stack([stream.below(0, room[:, 0]), stream.below(1, room[:, 1])], axis=1)
+    return resized, offset - padding
+
+
+def _draw_ops(ops: Sequence[Sequence[Any]], stream: Stream, size: int) -> PackedOps:
     """Leading axis V*B, still flat."""
     n = len(stream.keys)
     packed = PackedOps(
         names=tuple(name for name, _, _ in ops),
         apply=np.zeros((n, len(ops)), dtype=bool),
-        value=np.zeros((n, len(ops), 4), dtype=np.float32),
+        value=np.zeros((n, len(ops), NUM_VALUES), dtype=np.float32),
         order=np.zeros((n, len(ops), 4), dtype=np.uint8),
     )
     for i, (name, probability, options) in enumerate(ops):
@@ -261,4 +319,63 @@ def _draw_ops(ops: Sequence[Sequence[Any]], stream: Stream) -> PackedOps:
             value[:, 0] = stream.uniform(slot + 1, *options["sigma"])
         elif name == "solarise":
             value[:, 0] = options["threshold"]
+        elif name == "affine":
+            value[:] = _random_affine(stream, slot + 1, size, options)
+        elif name == "erase":
+            value[:, :4] = _random_erasing(stream, slot + 1, size, options["scale"], options["ratio"])
+            value[:, 4] = options["value"]
     return packed
+
+
+def _random_affine(stream: Stream, slot: int, size: int, options: Mapping[str, Any]) -> np.ndarray:
+    """torchvision's `RandomAffine.get_params` for a square image, as `inverse_affine`."""
+    x, y = (size * share for share in options["translate"])
+    return inverse_affine(
+        angle=stream.uniform(slot, *options["degrees"]),
+        translate_x=np.rint(stream.uniform(slot + 1, -x, x)),
+        translate_y=np.rint(stream.uniform(slot + 2, -y, y)),
+        scale=stream.uniform(slot + 3, *options["scale"]),
+        shear_x=stream.uniform(slot + 4, *options["shear"][:2]),
+        shear_y=stream.uniform(slot + 5, *options["shear"][2:]),
+    )
+
+
+def inverse_affine(
+    *,
+    angle: np.ndarray | float = 0.0,
+    translate_x: np.ndarray | float = 0.0,
+    translate_y: np.ndarray | float = 0.0,
+    scale: np.ndarray | float = 1.0,
+    shear_x: np.ndarray | float = 0.0,
+    shear_y: np.ndarray | float = 0.0,
+) -> np.ndarray:
+    """Where the pixels of a transformed image come from, as an affine map about the image's centre.
+
+    Conventions are those of torchvision's `affine`: an image is sheared along x, then along y, enlarged, turned
+    clockwise and shifted.
+
+    Args:
+        angle, shear_x, shear_y: degrees. translate_x, translate_y: pixels. Arrays (B,), or numbers for all.
+
+    Returns:
+        (B, 6) float64 of a, b, c, d, e, f: the pixel whose centre lies at (x, y) from the middle of the result comes
+        from (a x + b y + c, d x + e y + f) from the middle of the image.
+    """
+    turn, shear_x, shear_y = np.radians(angle), np.radians(shear_x), np.radians(shear_y)
+    cos, sin = np.cos(turn - shear_y) / np.cos(shear_y), np.sin(turn - shear_y) / np.cos(shear_y)
+    a = (np.cos(turn) - sin * np.tan(shear_x)) / scale
+    b = (np.sin(turn) + cos * np.tan(shear_x)) / scale
+    d, e = -sin / scale, cos / scale
+    c, f = -(a * translate_x + b * translate_y), -(d * translate_x + e * translate_y)
+    return np.stack(np.broadcast_arrays(a, b, c, d, e, f), axis=-1)
+
+
+def _random_erasing(
+    stream: Stream, slot: int, size: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> np.ndarray:
+    """torchvision's `RandomErasing.get_params` for a square image: (B, 4) top, left, height, width. A box is smaller
+    than the image on either axis, and empty where ten tries gave none. Ratios are height over width."""
+    sides = np.full(len(stream.keys), size)
+    box = np.zeros((len(sides), 4), dtype=np.int64)
+    _try_boxes(box, stream, slot, sides, sides, scale, (1 / ratio[1], 1 / ratio[0]), np.less)
+    return box

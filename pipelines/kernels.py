@@ -37,8 +37,8 @@ ZERO, HALF, ONE, TWO, FOUR, SIX, LEVELS = (np.float32(x) for x in (0, 0.5, 1, 2,
 LUMA_R, LUMA_G, LUMA_B = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
 
 # Codes of operations, as `kinds` of the colour kernel; their names are those of `pipelines.views.OPS`.
-KINDS = {"jitter": 0, "grey": 1, "blur": 2, "solarise": 3}
-JITTER, GREY, BLUR, SOLARISE = KINDS["jitter"], KINDS["grey"], KINDS["blur"], KINDS["solarise"]
+KINDS = {"jitter": 0, "grey": 1, "blur": 2, "solarise": 3, "affine": 4, "erase": 5}
+JITTER, GREY, BLUR, SOLARISE, AFFINE, ERASE = range(6)
 
 
 # -- antialiased resampling
@@ -49,8 +49,42 @@ def _check(box, resized, offset, size, height, width):  # type: ignore[no-untype
     """Before memory is read that is another image's, or nobody's."""
     if box[0] < 0 or box[1] < 0 or box[2] < 1 or box[3] < 1 or box[0] + box[2] > height or box[1] + box[3] > width:
         raise ValueError("a crop's box does not lie inside its image")
-    if offset[0] < 0 or offset[1] < 0 or offset[0] + size > resized[0] or offset[1] + size > resized[1]:
+    if _is_cut(box, resized):
+        if offset[0] <= -size or offset[1] <= -size or offset[0] >= box[2] or offset[1] >= box[3]:
+            raise ValueError("a crop's square has no pixel of its box")
+    elif offset[0] < 0 or offset[1] < 0 or offset[0] + size > resized[0] or offset[1] + size > resized[1]:
         raise ValueError("a crop's square does not lie inside its resized box")
+
+
+@_compiled
+def _is_cut(box, resized):  # type: ignore[no-untyped-def]
+    """Whether a crop keeps its pixels as they are. Resampling would give the same ones, later."""
+    return box[2] == resized[0] and box[3] == resized[1]
+
+
+@_compiled
+def _cut(image, box, offset, mirrored, crop):  # type: ignore[no-untyped-def]
+    """crop (S, S, 3) = the square at `offset` of a box, black where it reaches over the edge."""
+    size = len(crop)
+    rows, out = image.reshape(image.shape[0], 3 * image.shape[1]), crop.reshape(size, 3 * size)
+    top, bottom = max(-offset[0], 0), min(box[2] - offset[0], size)  # what lies in the box
+    left, right = max(-offset[1], 0), min(box[3] - offset[1], size)
+    if bottom - top < size or right - left < size:
+        out[:] = 0
+    count, first = np.uint64(right - left), box[1] + offset[1] + left
+    for y in range(top, bottom):
+        source, target = rows[box[0] + offset[0] + y][3 * first :], out[y]
+        if mirrored:
+            last = np.uint64(size - 1 - left)
+            for x in range(count):
+                at, to = np.uint64(3) * x, np.uint64(3) * (last - x)
+                target[to] = source[at]
+                target[to + np.uint64(1)] = source[at + np.uint64(1)]
+                target[to + np.uint64(2)] = source[at + np.uint64(2)]
+        else:
+            target = target[3 * left :]
+            for i in range(np.uint64(3) * count):
+                target[i] = source[i]
 
 
 @_compiled
@@ -151,6 +185,9 @@ def crop_image(image, box, resized, offset, flip, cubic, out, b):  # type: ignor
     for v in range(views):
         top, left, height, width = box[v, b, 0], box[v, b, 1], box[v, b, 2], box[v, b, 3]
         _check(box[v, b], resized[v, b], offset[v, b], size, image.shape[0], image.shape[1])
+        if _is_cut(box[v, b], resized[v, b]):
+            _cut(image, box[v, b], offset[v, b], flip[v, b], out[v, b])
+            continue
         start_y, count_y, _, weight_y = _tables(size, _most_taps(height, resized[v, b, 0], cubic))
         start_x, count_x, _, weight_x = _tables(size, max(16, _most_taps(width, resized[v, b, 1], cubic)))
         weight_x[:] = ZERO
@@ -265,10 +302,16 @@ def crop_rows(images, ids, box, resized, offset, flip, cubic, out, taps, first_r
     x_tables = _tables(size, taps)
     y_tables = _tables(size, taps)
     for b in range(first_row, last_row):
+        resampled = False
         for v in range(views):
             _check(box[v, b], resized[v, b], offset[v, b], size, images.shape[1], images.shape[2])
-        _load_source(images[ids[b]], box[:, b], source)
+            resampled |= not _is_cut(box[v, b], resized[v, b])
+        if resampled:
+            _load_source(images[ids[b]], box[:, b], source)
         for v in range(views):
+            if _is_cut(box[v, b], resized[v, b]):
+                _cut(images[ids[b]], box[v, b], offset[v, b], flip[v, b], out[v, b])
+                continue
             top, left, height, width = box[v, b, 0], box[v, b, 1], box[v, b, 2], box[v, b, 3]
             enlarged = not cubic and height <= resized[v, b, 0] and width <= resized[v, b, 1]
             crop = out[v, b].reshape(size, size * 3)
@@ -361,15 +404,17 @@ def colour_rows(crops, kinds, apply, value, order, scale, shift, out, out_row, p
     """Turn rows first_row ... last_row-1 of a batch of 8-bit crops into normalised views.
 
     crops (V, B, S, S, 3) uint8; kinds (O,) codes of the operations in their order; apply (V, B, O) bool, value
-    (V, B, O, 4) float32, order (V, B, O, 4) uint8 as in `pipelines.draw.PackedOps`; scale, shift (3,) float32: a pixel
+    (V, B, O, 6) float32, order (V, B, O, 4) uint8 as in `pipelines.draw.PackedOps`; scale, shift (3,) float32: a pixel
     x in [0, 1] becomes x * scale + shift; out (V, n, 3 S S) float32, or uint16 for the bits of bfloat16, as planes or
-    interleaved, of which row 0 is row `out_row` of the batch; scratch: at least 4 S S + 4 S numbers.
+    interleaved, of which row 0 is row `out_row` of the batch; scratch: at least 6 S S + 4 S numbers. An `ERASE` is the
+    last operation, and done to what is stored.
     """
     views, size = crops.shape[0], crops.shape[2]
     n = size * size
     planes = scratch[: 3 * n].reshape(3, n)
-    spare = scratch[3 * n : 4 * n]
-    border = scratch[4 * n :]
+    spare = scratch[3 * n : 6 * n]
+    border = scratch[6 * n :]
+    last = len(kinds) - 1
     for b in range(first_row, last_row):
         for v in range(views):
             _load_planes(crops[v, b].reshape(3 * n), planes)
@@ -381,13 +426,17 @@ def colour_rows(crops, kinds, apply, value, order, scale, shift, out, out_row, p
                 elif kinds[i] == GREY:
                     _grey(planes)
                 elif kinds[i] == BLUR:
-                    _blur(planes, size, value[v, b, i, 0], spare, border)
-                else:
+                    _blur(planes, size, value[v, b, i, 0], spare[:n], border)
+                elif kinds[i] == SOLARISE:
                     _solarise(planes, value[v, b, i, 0])
+                elif kinds[i] == AFFINE:
+                    _affine(planes, size, value[v, b, i], spare)
             if planar:
                 _store_planes(planes, scale, shift, out[v, b - out_row])
             else:
                 _store_pixels(planes, scale, shift, out[v, b - out_row])
+            if last >= 0 and kinds[last] == ERASE and apply[v, b, last]:
+                _erase(out[v, b - out_row], size, planar, value[v, b, last])
 
 
 @_compiled
@@ -492,6 +541,38 @@ def _solarise(planes, threshold):  # type: ignore[no-untyped-def]
         for i in range(len(plane)):
             x = plane[i]
             plane[i] = ONE - x if x >= threshold else x
+
+
+@_compiled
+def _affine(planes, size, matrix, source):  # type: ignore[no-untyped-def]
+    """PIL's bilinear `transform`: pixels come from where `matrix` says (`pipelines.draw.inverse_affine`), and are black
+    where that is outside the image; within half a pixel of its edge the pixels there are taken as they are."""
+    n, most = size * size, size - 1
+    half, side = HALF * np.float32(size), np.float32(size)
+    source[: 3 * n] = planes.reshape(3 * n)
+    for y in range(size):
+        v = np.float32(y) + HALF - half
+        row_x, row_y = matrix[1] * v + matrix[2], matrix[4] * v + matrix[5]
+        for x in range(size):
+            u = np.float32(x) + HALF - half
+            at_x, at_y = (matrix[0] * u + row_x) + half, (matrix[3] * u + row_y) + half
+            at = y * size + x
+            if at_x >= ZERO and at_x < side and at_y >= ZERO and at_y < side:
+                left, top = np.floor(at_x - HALF), np.floor(at_y - HALF)
+                share_x, share_y = (at_x - HALF) - left, (at_y - HALF) - top
+                i, j = int(left), int(top)
+                upper, lower = max(j, 0) * size, min(j + 1, most) * size
+                i, k = max(i, 0), min(i + 1, most)
+                for c in range(3):
+                    first = np.uint64(c * n)
+                    above, below = source[first + np.uint64(upper + i)], source[first + np.uint64(lower + i)]
+                    above += (source[first + np.uint64(upper + k)] - above) * share_x
+                    below += (source[first + np.uint64(lower + k)] - below) * share_x
+                    planes[c, at] = above + (below - above) * share_y
+            else:
+                planes[0, at] = ZERO
+                planes[1, at] = ZERO
+                planes[2, at] = ZERO
 
 
 @_compiled
@@ -601,3 +682,15 @@ def _store_pixels(planes, scale, shift, out):  # type: ignore[no-untyped-def]
         out[3 * i] = _stored(r[i] * scale[0] + shift[0], out)
         out[3 * i + 1] = _stored(g[i] * scale[1] + shift[1], out)
         out[3 * i + 2] = _stored(b[i] * scale[2] + shift[2], out)
+
+
+@_compiled
+def _erase(out, size, planar, values):  # type: ignore[no-untyped-def]
+    """One value in a box of a stored view; values: top, left, height, width, value."""
+    top, left = int(values[0]), int(values[1])
+    bottom, right = top + int(values[2]), left + int(values[3])
+    for y in range(max(top, 0), min(bottom, size)):
+        for x in range(max(left, 0), min(right, size)):
+            at = y * size + x
+            for c in range(3):
+                out[c * size * size + at if planar else 3 * at + c] = _stored(values[4], out)

@@ -22,7 +22,7 @@ from pipelines import beton
 from pipelines.batch import ViewBatch, allocate, named_views
 from pipelines.colour import colour
 from pipelines.crop import on_device
-from pipelines.draw import ViewParams, counter_hash, draw
+from pipelines.draw import ViewParams, check_sizes, counter_hash, draw
 from pipelines.engines import choose_engine, engine_class
 from pipelines.engines.decode import place
 from pipelines.errors import ConfigError, InputError, RelsslError, RunError
@@ -68,7 +68,7 @@ class ViewLoader:
     `close()` ends its threads, at once and whatever they are doing; it is also a context manager.
 
     Raises:
-        ConfigError: batch and data do not fit, or the engine cannot make a view.
+        ConfigError: batch and data do not fit, the engine cannot make a view, or an image is too small for one.
         InputError: a data file is refused.
         RunError: while iterating: too many images are unreadable; the views of an image could not be made for a
             reason nobody expected, which is the cause; the loader is closed, or was made by another process.
@@ -121,6 +121,7 @@ class ViewLoader:
             for _, plan in self.phases:
                 for spec in plan:
                     make_engine.check(spec, resize)
+                    check_sizes(spec, self.files.heights, self.files.widths, lambda i: place(self.files, i))
             self.pool = Pool(workers)
             try:
                 self.engine = make_engine(self.files, device=self.device, pool=self.pool, resize=resize)

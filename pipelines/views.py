@@ -7,6 +7,7 @@ parameters, engines and `colour` carry them out.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -23,6 +24,7 @@ BOXES: dict[str, dict[str, Any]] = {
     "random_resized": {"scale": (0.08, 1.0), "ratio": DEFAULT_RATIO},  # torchvision's RandomResizedCrop
     "center": {"resize": None},  # resize the short side, then take the middle
     "whole": {},  # the whole image, resized to the square
+    "pad_crop": {"padding": None},  # torchvision's RandomCrop(size, padding): nothing is resized
 }
 OPS: dict[str, dict[str, Any]] = {
     "jitter": {
@@ -34,10 +36,12 @@ OPS: dict[str, dict[str, Any]] = {
     "grey": {},
     "blur": {"sigma": None},  # standard deviation in pixels, uniform over [low, high]
     "solarise": {"threshold": 128 / 255},
+    "affine": {"degrees": None, "translate": 0.0, "scale": (1.0, 1.0), "shear": 0.0},  # torchvision's RandomAffine
+    "erase": {"scale": (0.02, 0.33), "ratio": (0.3, 3.3), "value": 0.0},  # torchvision's RandomErasing
 }
 # Named in the papers, made in a later version: refused by name instead of being half there.
-PLANNED_BOXES = ("byol", "pad_crop")
-PLANNED_OPS = ("randaugment", "affine", "erase", "jitter_byol")
+PLANNED_BOXES = ("byol",)
+PLANNED_OPS = ("randaugment", "jitter_byol")
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 
@@ -49,11 +53,12 @@ class ViewSpec:
         name: the method's name for it (`teacher`, `student`, `large`, ...); specs of one name concatenate.
         size: side of the square output in pixels.
         count: how many independent views of this kind.
-        box: `{kind: {parameter: value}}`, kind one of `random_resized`, `center`, `whole`.
+        box: `{kind: {parameter: value}}`, kind one of `random_resized`, `center`, `whole`, `pad_crop`.
         interpolation: `bilinear` or `bicubic`, antialiased.
-        flip: probability of a horizontal flip. It commutes with every op here, so its place in a paper's list
-            does not matter.
-        ops: `(op, probability, {parameter: value})` in the order in which they are applied.
+        flip: probability of a horizontal flip. It is part of the crop, so it comes before the ops, as in the papers'
+            lists. (`affine` and `erase` would differ after it, the other ops commute with it.)
+        ops: `(op, probability, {parameter: value})` in the order in which they are applied. `erase` comes after the
+            normalisation and is the last.
         normalize: per-channel mean and std of pixels in [0, 1], or None to leave pixels in [0, 1].
 
     Raises:
@@ -92,7 +97,14 @@ class ViewSpec:
                 f"{where}: box center takes {self.size} pixels out of a short side of {self.box_options['resize']}; "
                 f"set resize to at least {self.size}"
             )
+        if self.box_kind == "pad_crop" and self.box_options["padding"] >= self.size:
+            raise ConfigError(
+                f"{where}: box pad_crop with a padding of {self.box_options['padding']} pixels and a size of "
+                f"{self.size} would give views without a pixel of the image; set padding to at most {self.size - 1}"
+            )
         object.__setattr__(self, "ops", tuple(_checked_op(op, where) for op in self.ops))
+        if "erase" in [name for name, _, _ in self.ops[:-1]]:
+            raise ConfigError(f"{where}: erase comes after the normalisation; list it once, as the last of the ops")
         object.__setattr__(self, "normalize", _checked_normalize(self.normalize, where))
 
     @property
@@ -149,6 +161,8 @@ def _checked_box(box: Any, where: str) -> dict[str, dict[str, Any]]:
             raise ConfigError(f"{where}: scale is a share of the image's area, at most 1, got {options['scale']}")
     if kind == "center":
         _check_integer(options["resize"], 1, f"{where}: box center: resize")
+    if kind == "pad_crop":
+        _check_integer(options["padding"], 0, f"{where}: box pad_crop: padding")
     return {kind: options}
 
 
@@ -168,7 +182,54 @@ def _checked_op(op: Any, where: str) -> tuple[str, float, dict[str, Any]]:
                 raise ConfigError(f"{where}: jitter: {key} is a strength in [0, {limit}], got {value!r}")
     if name == "solarise":
         _check_probability(options["threshold"], f"{where}: solarise: threshold")
+    if name == "affine":
+        options = _checked_affine(options, f"{where}: affine")
+    if name == "erase":
+        options = _checked_erase(options, f"{where}: erase")
     return name, float(probability), options
+
+
+def _checked_affine(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Ranges in full: degrees (low, high), translate (x, y), scale (low, high), shear (low, high of x, then of y)."""
+    translate = options["translate"]
+    translate = (translate, translate) if _is_number(translate) else _numbers(translate)
+    if len(translate) != 2 or not all(0 <= x <= 1 for x in translate):
+        raise ConfigError(
+            f"{where}: translate is a share of the view's side in [0, 1], or [x, y], got {options['translate']!r}"
+        )
+    shear = _numbers(options["shear"])
+    shear_x, shear_y = (shear[:2], shear[2:]) if len(shear) == 4 else (options["shear"], 0.0)
+    return {
+        "degrees": _checked_angles(options["degrees"], 360.0, f"{where}: degrees"),
+        "translate": (float(translate[0]), float(translate[1])),
+        "scale": _checked_range(options["scale"], 0.0, f"{where}: scale", above=True),
+        "shear": tuple(x for part in (shear_x, shear_y) for x in _checked_angles(part, 89.0, f"{where}: shear")),
+    }
+
+
+def _checked_erase(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    scale = _checked_range(options["scale"], 0.0, f"{where}: scale", above=True)
+    if scale[1] > 1:
+        raise ConfigError(f"{where}: scale is a share of the view's area, at most 1, got {scale}")
+    if not _is_number(options["value"]):
+        raise ConfigError(f"{where}: value is a number, in units of the normalised view, got {options['value']!r}")
+    ratio = _checked_range(options["ratio"], 0.0, f"{where}: ratio", above=True)
+    return {"scale": scale, "ratio": ratio, "value": float(options["value"])}
+
+
+def _checked_angles(value: Any, most: float, where: str) -> tuple[float, float]:
+    pair = (-value, value) if _is_number(value) else _numbers(value)
+    if len(pair) != 2 or not -most <= pair[0] <= pair[1] <= most:
+        raise ConfigError(
+            f"{where} is a number x for [-x, x], or [low, high], of at most {most:g} degrees, got {value!r}"
+        )
+    return float(pair[0]), float(pair[1])
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    """The numbers of a list; nothing when it is none, or something else is in it."""
+    listed = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    return listed if all(_is_number(x) for x in listed) else ()
 
 
 def _checked_normalize(value: Any, where: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -205,7 +266,7 @@ def _filled(defaults: Mapping[str, Any], given: Any, where: str) -> dict[str, An
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_integer(value: Any, least: int, where: str) -> None:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from pipelines import jpeg
+from pipelines.crop import check_squares
 from pipelines.draw import ViewParams
 from pipelines.engines import Finish, Replace, refuse_area
 from pipelines.engines.decode import decode_sample
@@ -75,6 +76,8 @@ class Engine:
         Raises:
             RunError: DALI failed for another reason than an image, such as a lack of memory.
         """
+        for view in params:
+            check_squares(view)  # DALI itself would take black for all that lies outside
         with torch.cuda.stream(self._stream):  # does nothing without a stream
             crops = self._make(ids.copy(), params, replace)
         if self._stream is not None:
@@ -241,7 +244,8 @@ def _crop_node(dali: Any, images: Any, view: ViewParams, number: int) -> Any:
         interp_type=types.INTERP_CUBIC if view.interpolation == "bicubic" else types.INTERP_LINEAR,
         antialias=True,
     )
-    crop = fn.slice(crop, start=given("offset"), shape=(view.size, view.size), axes=(0, 1))
+    square = (view.size, view.size)
+    crop = fn.slice(crop, start=given("offset"), shape=square, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
     return fn.flip(crop, horizontal=given("flip", ndim=0))
 
 

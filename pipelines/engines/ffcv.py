@@ -90,8 +90,19 @@ class Engine(ThreadedEngine):
                 resized.data_ptr(), rows, columns,
             )  # fmt: skip
             y, x = params.offset[view, row].tolist()
-            square = resized[y : y + params.size, x : x + params.size]
+            square = _square(resized, y, x, params.size)
             out[view, row] = square.flip(1) if params.flip[view, row] else square
+
+
+def _square(image: Tensor, top: int, left: int, size: int) -> Tensor:
+    """The square of an image (H, W, 3) whose corner lies at (top, left), black where it reaches over the edge."""
+    height, width = image.shape[:2]
+    inside = image[max(top, 0) : top + size, max(left, 0) : left + size]
+    if inside.shape[:2] == (size, size):
+        return inside
+    square = image.new_zeros((size, size, 3))
+    square[max(-top, 0) : height - top, max(-left, 0) : width - left] = inside
+    return square
 
 
 def load_library() -> ctypes.CDLL:

@@ -63,12 +63,16 @@ OPERATIONS: dict[str, list[Any]] = {
     "grey": [["grey", 1.0]],
     "solarise": [["solarise", 1.0]],
     "blur": [["blur", 1.0, _BLUR]],
+    "affine": [["affine", 1.0, {"degrees": 18, "translate": 0.1, "scale": [0.9, 1.1], "shear": 10}]],
+    "erase": [["erase", 1.0]],
 }
 SOLARISED = "chain, solarise"
 CHAINS: dict[str, list[Any]] = {
     "chain": [*_CHAIN, ["blur", 0.5, _BLUR]],
     SOLARISED: [*_CHAIN, ["blur", 0.5, _BLUR], ["solarise", 0.5]],
 }
+PADDED = "padded"
+CROPS = (*RESAMPLING, PADDED)  # kinds of crops: resized in one way or the other, or cut out of a padded image
 COLOUR_SIDES = (224, 33)  # a usual side, and an odd one for the ends of vector loops
 
 
@@ -306,51 +310,62 @@ def _corners(files: Any, ids: np.ndarray) -> ViewParams:
 
 def check_crops(bench: Bench) -> None:
     """Crops from every kind of storage against PIL's decode and crop."""
-    for store, interpolation in itertools.product(bench.stores.values(), RESAMPLING):
-        plan = _crop_plan(store, interpolation, _count(store))
+    for store, kind in itertools.product(bench.stores.values(), CROPS):
+        plan = _crop_plan(store, kind, _count(store))
         willing = bench.willing(plan)
         for ids, files, pictures in store.batches():
             params = _drawn(plan, files, ids)
             theirs = [pil_crops(pictures, view) for view in params]
             for candidate in willing:
-                _check_crops_of(candidate, bench, store, files, params, theirs)
+                _check_crops_of(candidate, bench, store, kind, files, params, theirs)
 
 
 def _check_crops_of(
-    candidate: Candidate, bench: Bench, store: Store, files: Any, params: list[ViewParams], theirs: list[np.ndarray]
+    candidate: Candidate,
+    bench: Bench,
+    store: Store,
+    kind: str,
+    files: Any,
+    params: list[ViewParams],
+    theirs: list[np.ndarray],
 ) -> None:
     """One engine's crops; where its decoder is not PIL's, also against PIL's crop of what it decoded."""
-    interpolation = params[0].interpolation
-    case = f"{store.name}, {interpolation}"
+    case = f"{store.name}, {kind}"
     exact = candidate.decodes_as_pil(store)
     with candidate.open(files, bench.pool) as engine:
         ours = _crops(engine, params)
         decode = None if exact else getattr(engine, "decode", None)  # decoders of a GPU do not show single images
         decoded = [decode(i).permute(1, 2, 0).numpy() for i in range(len(files))] if decode else []
-    limit = _crop_limit(candidate, store, interpolation, exact)
+    limit = _crop_limit(candidate, store, kind, exact)
     for mine, reference in zip(ours, theirs, strict=True):
         bench.ledger.compare("crop", candidate.label, case, "PIL", limit, mine, reference)
     if decoded:
-        limit = _crop_limit(candidate, store, interpolation, True)
+        limit = _crop_limit(candidate, store, kind, True)
         for mine, view in zip(ours, params, strict=True):
             reference = pil_crops(decoded, view)
             bench.ledger.compare("crop", candidate.label, case, "PIL, same decode", limit, mine, reference)
 
 
-def _crop_limit(candidate: Candidate, store: Store, interpolation: str, decoded_as_pil: bool) -> str:
+def _crop_limit(candidate: Candidate, store: Store, kind: str, decoded_as_pil: bool) -> str:
+    if kind == PADDED:
+        return "crop, padded" if decoded_as_pil else "decode, other transform"
     if candidate.resize == "area":
         return "crop, area" if decoded_as_pil else "crop, area, other transform"
     if not decoded_as_pil:
         return "crop, other transform"
     if candidate.engine == "dali":
         return "crop, dali, small" if store.name == "small" else "crop, dali"
-    return f"crop, {interpolation}"
+    return f"crop, {kind}"
 
 
-def _crop_plan(store: Store, interpolation: str, count: int) -> list[ViewSpec]:
-    """Random boxes at two sizes, and the centre as evaluation takes it."""
+def _crop_plan(store: Store, kind: str, count: int) -> list[ViewSpec]:
+    """Random boxes at two sizes, and the centre as evaluation takes it; or squares of padded images, as large as the
+    smallest image."""
+    if kind == PADDED:
+        side = int(min(store.files.heights.min(), store.files.widths.min()))
+        return [ViewSpec("view", side, count=count, box={"pad_crop": {"padding": side // 8}}, flip=0.5)]
     large, less, short = (SMALL, 24, 40) if store.name == "small" else (224, 96, 256)
-    view = partial(ViewSpec, "view", interpolation=interpolation, flip=0.5)
+    view = partial(ViewSpec, "view", interpolation=kind, flip=0.5)
     return [view(large, count=count), view(less, count=count), view(large, box={"center": {"resize": short}})]
 
 
@@ -360,17 +375,17 @@ def _count(store: Store) -> int:
 
 def check_matrix_crops(bench: Bench) -> None:
     """The crops that the resident engine makes on accelerators: every precision, on every device."""
-    for name, interpolation in itertools.product(("raw", "small"), RESAMPLING):
+    for name, kind in itertools.product(("raw", "small"), CROPS):
         store = bench.stores[name]
         ids, files, pictures = next(store.batches(MATRIX_IMAGES if name == "raw" else BATCH))
-        params = _drawn(_crop_plan(store, interpolation, count=2), files, ids)
+        params = _drawn(_crop_plan(store, kind, count=2), files, ids)
         theirs = [pil_crops(pictures, view) for view in params]
         for device, dtype in itertools.product(bench.devices, DTYPES):
             images, rows = torch.from_numpy(_canvas(pictures)).to(device), torch.arange(len(ids), device=device)
-            limit = f"crop, {interpolation}{', bf16' if dtype == 'bf16' else ''}"
+            limit = f"crop, {kind}{', bf16' if dtype == 'bf16' and kind != PADDED else ''}"
             for view, reference in zip(params, theirs, strict=True):
                 ours = crop_matmul(images, rows, view, DTYPES[dtype]).cpu().numpy()
-                subject, case = f"matmul {dtype} {device.type}", f"{name}, {interpolation}"
+                subject, case = f"matmul {dtype} {device.type}", f"{name}, {kind}"
                 bench.ledger.compare("crop", subject, case, "PIL", limit, ours, reference)
 
 
@@ -416,7 +431,7 @@ def check_colour(bench: Bench) -> None:
             exact, rounded = float_colour(crops, params.ops), pil_colour(crops, params.ops)
             for path in paths:
                 ours = path.levels(crops, params, spec, torch.float32)
-                limit = "colour, float, solarise" if name == SOLARISED else "colour, float"
+                limit = _FLOAT_LIMITS.get(name, "colour, float")
                 bench.ledger.compare("colour", path.label, name, "torchvision", limit, ours, exact)
                 bench.ledger.compare("colour", path.label, name, "PIL", _pil_limit(name), np.rint(ours), rounded)
                 for dtype in ("fp16", "bf16") if name == "chain" else ():
@@ -425,8 +440,11 @@ def check_colour(bench: Bench) -> None:
                     bench.ledger.compare("colour", path.label, case, "torchvision", f"colour, {dtype}", ours, exact)
 
 
+_FLOAT_LIMITS = {SOLARISED: "colour, float, solarise", "affine": "affine, float"}
+
+
 def _pil_limit(name: str) -> str:
-    if name in ("hue", "blur"):
+    if name in ("hue", "blur", "affine"):
         return f"{name}, PIL"
     return "colour, PIL" if name in OPERATIONS else "chain, PIL"
 

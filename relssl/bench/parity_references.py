@@ -30,8 +30,8 @@ def pil_crops(pictures: Sequence[np.ndarray], params: ViewParams) -> np.ndarray:
         top, left, height, width = params.box[v, b].tolist()
         (tall, wide), (y, x) = params.resized[v, b].tolist(), params.offset[v, b].tolist()
         cut = Image.fromarray(np.ascontiguousarray(pictures[b][top : top + height, left : left + width]))
-        resized = np.asarray(cut.resize((wide, tall), RESAMPLING[params.interpolation]))
-        square = resized[y : y + params.size, x : x + params.size]
+        resized = cut.resize((wide, tall), RESAMPLING[params.interpolation])
+        square = np.asarray(resized.crop((x, y, x + params.size, y + params.size)))
         out[v, b] = square[:, ::-1] if params.flip[v, b] else square
     return out
 
@@ -40,16 +40,23 @@ def pil_colour(crops: np.ndarray, ops: Iterable[OpParams]) -> np.ndarray:
     """Crops (V, B, S, S, 3) uint8 after the operations, by PIL: 8 bits after each of them."""
     out = np.empty_like(crops)
     for at in np.ndindex(*crops.shape[:2]):
-        out[at] = np.asarray(_coloured(Image.fromarray(crops[at]), ops, at, blur=_blur_pil, solarise=_solarise_pil))
+        image = Image.fromarray(crops[at])
+        image = _coloured(image, ops, at, blur=_blur_pil, solarise=_solarise_pil, affine=_affine_pil, erase=_erase_pil)
+        out[at] = np.asarray(image)
     return out
 
 
 def float_colour(crops: np.ndarray, ops: Iterable[OpParams]) -> np.ndarray:
-    """The same by torchvision's functionals in float; levels (V, B, S, S, 3) float32, not rounded."""
+    """The same by torchvision's functionals in float; levels (V, B, S, S, 3) float32, not rounded.
+
+    Affine is PIL's, on images of floats: what torchvision makes of tensors is another thing at their edges.
+    """
     out = np.empty(crops.shape, np.float32)
     for at in np.ndindex(*crops.shape[:2]):
         planes = torch.from_numpy(crops[at]).permute(2, 0, 1).float() / 255
-        planes = _coloured(planes, ops, at, blur=_blur_float, solarise=tv.solarize)
+        planes = _coloured(
+            planes, ops, at, blur=_blur_float, solarise=tv.solarize, affine=_affine_float, erase=_erase_float
+        )
         out[at] = planes.permute(1, 2, 0).numpy() * 255
     return out
 
@@ -61,6 +68,8 @@ def _coloured(
     *,
     blur: Callable[[Any, float], Any],
     solarise: Callable[[Any, float], Any],
+    affine: Callable[[Any, Sequence[float]], Any],
+    erase: Callable[[Any, Sequence[float]], Any],
 ) -> Any:
     """A PIL image, or a float tensor (3, S, S), through what was drawn for view and image `at`."""
     for op in ops:
@@ -77,6 +86,10 @@ def _coloured(
             image = blur(image, float(op.value[at][0]))
         elif op.name == "solarise":
             image = solarise(image, float(op.value[at][0]))
+        elif op.name == "affine":
+            image = affine(image, op.value[at].tolist())
+        elif op.name == "erase":
+            image = erase(image, op.value[at].tolist())
         else:
             raise NotImplementedError(f"there is no reference for the operation {op.name!r}")
     return image
@@ -92,3 +105,28 @@ def _solarise_pil(image: Image.Image, threshold: float) -> Image.Image:
 
 def _blur_float(planes: Tensor, sigma: float) -> Tensor:
     return tv.gaussian_blur(planes, [_TAPS, _TAPS], [sigma, sigma])
+
+
+def _affine_pil(image: Image.Image, matrix: Sequence[float]) -> Image.Image:
+    """`pipelines.draw.inverse_affine` counts from the middle, PIL from the corner."""
+    a, b, c, d, e, f = matrix
+    x, y = image.width / 2, image.height / 2
+    from_corner = (a, b, c + x - a * x - b * y, d, e, f + y - d * x - e * y)
+    return image.transform(image.size, Image.Transform.AFFINE, from_corner, Image.Resampling.BILINEAR)
+
+
+def _affine_float(planes: Tensor, matrix: Sequence[float]) -> Tensor:
+    moved = [np.asarray(_affine_pil(Image.fromarray(plane), matrix)) for plane in planes.numpy()]
+    return torch.from_numpy(np.stack(moved))
+
+
+def _erase_pil(image: Image.Image, values: Sequence[float]) -> Image.Image:
+    top, left, height, width = map(int, values[:4])
+    erased = image.copy()
+    erased.paste((round(values[4] * 255),) * 3, (left, top, left + width, top + height))
+    return erased
+
+
+def _erase_float(planes: Tensor, values: Sequence[float]) -> Tensor:
+    top, left, height, width = map(int, values[:4])
+    return tv.erase(planes, top, left, height, width, torch.tensor(values[4]))

@@ -11,7 +11,7 @@ import torchvision.transforms.functional as tv
 from PIL import Image
 
 from pipelines.colour import colour_cpu, colour_torch
-from pipelines.draw import JITTER_OPS, draw
+from pipelines.draw import JITTER_OPS, draw, inverse_affine
 from pipelines.pool import Pool
 from pipelines.views import ViewSpec
 from tests.pipelines.test_crop import smooth_images
@@ -22,6 +22,8 @@ OPS = {
     "grey": ["grey", 0.5],
     "blur": ["blur", 0.7, {"sigma": [0.1, 2.0]}],
     "solarise": ["solarise", 0.5],
+    "affine": ["affine", 0.6, {"degrees": 18, "translate": 0.1, "scale": [0.9, 1.1], "shear": 10}],
+    "erase": ["erase", 0.6, {"value": -0.3}],
 }
 ADJUST = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 
@@ -100,6 +102,88 @@ def test_order_of_the_operations_matters_and_is_kept(ours):
     assert (out[..., 0] - out[..., 1]).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("size", [1, 2, 32, 33, 96])
+def test_affine_is_torchvisions_on_pil_images(ours, size):
+    """From the parameters on, by torchvision's own function. It cuts off the fractions of 8 bits that we keep."""
+    rng = np.random.default_rng(0)
+    spec = ViewSpec("a", size, ops=[["affine", 1.0, {"degrees": 18}]], normalize=None)
+    images = rng.integers(1, 256, (24, size, size, 3), dtype=np.uint8)
+    params = drawn(spec, 24, size)
+    low, high = [-180, -0.3 * size, -0.3 * size, 0.5, -40, -40], [180, 0.3 * size, 0.3 * size, 2, 40, 40]
+    given = rng.uniform(low, high, (24, 6))
+    given[:, 1:3] = np.rint(given[:, 1:3])
+    given[0], given[1] = (0, 0, 0, 1, 0, 0), (0, size // 2, -(size // 4), 1, 0, 0)  # nothing, and a shift alone
+    names = ("angle", "translate_x", "translate_y", "scale", "shear_x", "shear_y")
+    params.ops.value[0, :, 0] = inverse_affine(**dict(zip(names, given.T, strict=True)))
+    theirs = [
+        tv.affine(Image.fromarray(image), a, [int(x), int(y)], s, [u, v], tv.InterpolationMode.BILINEAR)
+        for image, (a, x, y, s, u, v) in zip(images, given.tolist(), strict=True)
+    ]
+    found = ours(images, spec, params).numpy() * 255
+    difference = found - np.stack(theirs)
+    near = (difference > -0.02) & (difference < 1.02)  # elsewhere a pixel fell on the other side of the image's edge
+    assert (~near).mean() <= 1e-4
+    black = np.stack(theirs) == 0
+    assert abs(found[near & black]).max() <= 0.02 if size > 1 else True
+    assert black.mean() > 0.02 or size == 1
+    assert abs(found[0] - images[0]).max() <= 0.01
+
+
+def test_affine_by_both_ways_is_one(monkeypatch):
+    images = np.random.default_rng(1).integers(0, 256, (1, 16, 64, 64, 3), dtype=np.uint8)
+    spec = ViewSpec("a", 64, ops=[["affine", 0.7, OPS["affine"][2]]], normalize=None)
+    params, crops = drawn(spec, 16, 64), torch.from_numpy(images)
+    a, b = torch.empty(crops.shape), torch.empty(crops.shape)
+    colour_cpu(crops, params, spec, a, 0, 16)
+    colour_torch(crops, params, spec, b)
+    assert (a - b).abs().max() * 255 <= 0.01
+    kept = ~params.ops.apply[0, :, 0]
+    assert 0 < kept.sum() < 16
+    assert torch.equal(a[0, kept] * 255, crops[0, kept].float())
+
+
+def test_affine_comes_in_the_order_of_the_ops(ours):
+    """What lies outside is black before the ops that follow: inverted, it is white."""
+    shifted, inverted = ["affine", 1, {"degrees": 0, "translate": 1}], ["solarise", 1, {"threshold": 0}]
+    images = np.full((8, 16, 16, 3), 255, np.uint8)
+    last = ours(images, ViewSpec("a", 16, ops=[inverted, shifted], normalize=None))
+    assert (last == 0).all()
+    first = ours(images, ViewSpec("a", 16, ops=[shifted, inverted], normalize=None))
+    assert set(first.unique().tolist()) == {0, 1}
+
+
+def test_what_is_outside_is_black_before_the_normalisation(ours):
+    spec = ViewSpec("a", 16, ops=[["affine", 1, {"degrees": 0, "translate": 1}]], normalize=((0.5,) * 3, (0.25,) * 3))
+    found = ours(np.full((8, 16, 16, 3), 255, np.uint8), spec)
+    assert set(found.unique().tolist()) == {-2, 2}
+
+
+@pytest.mark.parametrize("value", [0.0, -0.3])
+def test_erase_is_torchvisions_after_the_normalisation(ours, value):
+    spec = ViewSpec("a", 33, ops=[OPS["jitter"], ["erase", 0.6, {"value": value}]])
+    images = smooth_images(48, 33, 33)
+    params = drawn(spec, 48, 33)
+    _, erase = params.ops
+    expected = ours(images, ViewSpec("a", 33, ops=[OPS["jitter"]]))
+    for i in np.flatnonzero(erase.apply[0]):
+        top, left, height, width = erase.value[0, i, :4].astype(int).tolist()
+        tv.erase(expected[i].permute(2, 0, 1), top, left, height, width, torch.tensor(value), inplace=True)
+    found = ours(images, spec)
+    assert torch.equal(found, expected)
+    assert (found == np.float32(value)).any()
+    assert not erase.apply.all()
+
+
+def test_boxes_of_any_kind_are_erased_inside_the_view(ours):
+    spec = ViewSpec("a", 8, ops=[["erase", 1]], normalize=None)
+    params = drawn(spec, 4, 8)
+    params.ops.value[0, :, 0, :4] = [(0, 0, 8, 8), (3, 2, 0, 5), (-2, -3, 4, 5), (6, 7, 100, 100)]
+    erased = (ours(np.full((4, 8, 8, 3), 255, np.uint8), spec, params) == 0).all(-1)
+    expected = torch.zeros(4, 8, 8, dtype=torch.bool)
+    expected[0], expected[2, :2, :2], expected[3, 6:, 7:] = True, True, True
+    assert torch.equal(erased, expected)
+
+
 def test_near_pils_chain(ours):
     """PIL rounds to 8 bits after every step and blurs by boxes: close on average."""
     spec = ViewSpec("a", 32, ops=[OPS["jitter"]], normalize=None)
@@ -140,7 +224,7 @@ def test_every_dtype_and_layout_is_the_rounded_float32(dtype, planar):
     assert torch.equal(out, exact.to(dtype))
     by_torch = torch.empty_like(out)
     colour_torch(crops, params, spec, by_torch)
-    assert (by_torch.float() - exact).abs().max() <= torch.finfo(dtype).eps * 4 + 1e-5
+    assert (by_torch.float() - exact).abs().max() <= torch.finfo(dtype).eps * 4 + 1e-4
 
 
 def test_threads_do_not_change_a_bit():

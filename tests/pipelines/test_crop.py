@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.functional as tv
 from PIL import Image
 
-from pipelines.crop import crop_image, crop_matmul, crop_small
+from pipelines.crop import _interpolation_matrix, crop_image, crop_matmul, crop_small
 from pipelines.draw import draw
 from pipelines.views import ViewSpec
 
@@ -16,6 +17,7 @@ SPECS = {
     "enlarged": ViewSpec("a", 64, box={"random_resized": {"scale": [0.08, 1.0]}}, flip=0.5),
     "whole": ViewSpec("a", 32, box={"whole": {}}),
     "center": ViewSpec("a", 28, box={"center": {"resize": 32}}),
+    "padded": ViewSpec("a", 30, count=2, box={"pad_crop": {"padding": 10}}, flip=0.5),
 }
 
 
@@ -39,8 +41,8 @@ def pil_crops(images, params):
         top, left, h, w = params.box[v, i].tolist()
         high, wide = params.resized[v, i].tolist()
         crop = Image.fromarray(images[i, top : top + h, left : left + w]).resize((wide, high), resample)
-        y, x = params.offset[v, i]
-        square = np.array(crop)[y : y + params.size, x : x + params.size]
+        y, x = params.offset[v, i].tolist()
+        square = np.array(crop.crop((x, y, x + params.size, y + params.size)))  # black where it leaves the image
         out[v, i] = square[:, ::-1] if params.flip[v, i] else square
     return out
 
@@ -94,6 +96,43 @@ def test_matrix_products_in_half_precision(dtype, most):
     assert difference.mean() <= 0.35
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    ("height", "width", "size", "padding"),
+    [(32, 32, 32, 4), (40, 25, 28, 9), (3, 4, 6, 5), (50, 60, 33, 0), (1, 1, 1, 0)],
+)
+def test_padded_crops_are_torchvisions_to_the_bit(height, width, size, padding, interpolation):
+    """Pad, crop, mirror: the very pixels, and black, in every way and precision."""
+    images = np.random.default_rng(0).integers(1, 256, (40, height, width, 3), dtype=np.uint8)
+    box = {"pad_crop": {"padding": padding}}
+    params = drawn(ViewSpec("a", size, count=2, box=box, flip=0.5, interpolation=interpolation), 40, height, width)
+    theirs = np.empty((2, 40, size, size, 3), int)
+    for v, i in np.ndindex(2, 40):
+        y, x = (params.offset[v, i] + padding).tolist()
+        crop = tv.crop(tv.pad(Image.fromarray(images[i]), padding), y, x, size, size)
+        theirs[v, i] = np.array(tv.hflip(crop) if params.flip[v, i] else crop)
+    canvas = np.full((40, height + 3, width + 2, 3), 200, np.uint8)  # images of different sizes share one
+    canvas[:, :height, :width] = images
+    for way, ours in [*all_ways(images, params).items(), *all_ways(canvas, params).items()]:
+        assert (ours == theirs).all(), way
+    for dtype in (torch.float16, torch.bfloat16):
+        ours = crop_matmul(torch.from_numpy(images), torch.arange(40), params, dtype)
+        assert (ours.numpy() == theirs).all(), dtype
+    # What is not a number becomes some integer: 0 here, perhaps not elsewhere.
+    assert all(
+        _interpolation_matrix(params, i, (height, width)[i], torch.device("cpu")).isfinite().all() for i in (0, 1)
+    )
+
+
+def test_views_of_both_kinds_of_one_image():
+    """One view is cut out and another is resized: `crop_small` converts an image once for those that are."""
+    images = smooth_images(8, 32, 32)
+    params = drawn(ViewSpec("a", 24, count=2, box={"pad_crop": {"padding": 6}}), 8, 32, 32)
+    params.box[1], params.resized[1], params.offset[1] = (4, 3, 20, 26), (24, 24), (0, 0)
+    for way, ours in all_ways(images, params).items():
+        assert np.abs(ours - pil_crops(images, params)).max() <= 1, way
+
+
 def test_pixels_outside_the_box_do_not_exist():
     """A white frame around a black box must leave no trace, as when one crops first."""
     image = np.full((1, 40, 40, 3), 255, np.uint8)
@@ -125,13 +164,24 @@ def test_images_and_views_of_a_few_pixels(height, width, size):
         ("box", (0, 5, 10, 0), "box"),
         ("offset", (0, 1), "square"),
         ("offset", (-1, 0), "square"),
+        ("cut", (0, -32), "square"),
+        ("cut", (20, 0), "square"),
+        ("cut", (0, 20), "square"),
+        ("cut", (-32, 0), "square"),
+        ("cut", (2**31 - 1, -(2**31)), "square"),
     ],
 )
 def test_nothing_outside_an_image_is_read(name, value, words):
     images = smooth_images(2, 20, 20)
     params = drawn(SPECS["whole"], 2, 20, 20)
-    getattr(params, name)[0, 1] = value
+    if name == "cut":
+        params.resized[0, 1], params.offset[0, 1] = 20, value
+    else:
+        getattr(params, name)[0, 1] = value
     out = torch.empty((1, 2, 32, 32, 3), dtype=torch.uint8)
+    if words == "square":
+        with pytest.raises(ValueError, match=words):
+            crop_matmul(torch.from_numpy(images), torch.arange(2), params)
     with pytest.raises(ValueError, match=words):
         crop_image(torch.from_numpy(images[1]).permute(2, 0, 1), params, 1, out)
     with pytest.raises(ValueError, match=words):

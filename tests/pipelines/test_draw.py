@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torchvision.transforms import ColorJitter, RandomResizedCrop
+from torchvision.transforms import ColorJitter, RandomAffine, RandomCrop, RandomErasing, RandomResizedCrop
+from torchvision.transforms.functional import _get_inverse_affine_matrix
 
-from pipelines.draw import JITTER_OPS, Stream, counter_hash, draw
+from pipelines.draw import JITTER_OPS, Stream, check_sizes, counter_hash, draw, inverse_affine
+from pipelines.errors import ConfigError
 from pipelines.views import ViewSpec
 
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
@@ -26,6 +29,10 @@ PLAN = [
         ops=[["jitter", 0.8, JITTER], ["grey", 0.2], ["blur", 0.5, {"sigma": [0.1, 2.0]}], ["solarise", 0.2]],
     ),
 ]
+AFFINE = {"degrees": 18, "translate": 0.1, "scale": [0.9, 1.1], "shear": 10}
+PADDED = ViewSpec("padded", 24, box={"pad_crop": {"padding": 12}}, flip=0.5)  # of images of any size
+WARPED = ViewSpec("warped", 24, flip=0.5, ops=[["affine", 0.5, AFFINE], ["grey", 0.2], ["erase", 0.5]])
+EVERY = [*PLAN, PADDED, WARPED]
 
 
 def draw_sized(plan, n, *, height, width, seed=0, epoch=0, first=0):
@@ -50,10 +57,10 @@ def rows_of(params, rows):
 )
 def test_draw_depends_on_the_sample_alone(seed, epoch, n, cut, height, width):
     """Any part of a batch, in any company and order, is drawn as in the whole batch."""
-    whole = draw_sized(PLAN, n, height=height, width=width, seed=seed, epoch=epoch)
+    whole = draw_sized(EVERY, n, height=height, width=width, seed=seed, epoch=epoch)
     rows = np.arange(n)[::-1][: max(cut, 1)]
     part = draw(
-        PLAN,
+        EVERY,
         seed=seed,
         epoch=epoch,
         index=rows,
@@ -110,10 +117,11 @@ def test_a_view_is_drawn_by_its_number_however_it_is_listed():
 
 def test_adding_an_op_leaves_earlier_draws_alone():
     short = draw_sized([ViewSpec("a", 16, ops=[["jitter", 0.8, JITTER]])], 50, height=30, width=30)[0]
-    long = draw_sized([ViewSpec("a", 16, ops=[["jitter", 0.8, JITTER], ["grey", 0.5]])], 50, height=30, width=30)[0]
-    assert (short.box == long.box).all()
-    assert (short.ops.value[:, :, 0] == long.ops.value[:, :, 0]).all()
-    assert (short.ops.order[:, :, 0] == long.ops.order[:, :, 0]).all()
+    for added in (["grey", 0.5], ["affine", 0.5, AFFINE], ["erase", 0.5]):
+        long = draw_sized([ViewSpec("a", 16, ops=[["jitter", 0.8, JITTER], added])], 50, height=30, width=30)[0]
+        assert (short.box == long.box).all()
+        assert (short.ops.value[:, :, 0] == long.ops.value[:, :, 0]).all()
+        assert (short.ops.order[:, :, 0] == long.ops.order[:, :, 0]).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (32, 32), (50, 400)])
@@ -134,6 +142,139 @@ def test_random_resized_crops_are_distributed_as_torchvisions(height, width):
         error = 5 * np.sqrt((a.var() + b.var()) / n) + 1e-9
         assert abs(a.mean() - b.mean()) < error, name
         assert abs(a.std() - b.std()) < 2 * error, name
+
+
+@pytest.mark.parametrize(("height", "width", "size", "padding"), [(32, 32, 32, 4), (20, 50, 24, 3), (96, 96, 90, 0)])
+def test_padded_crops_are_distributed_as_torchvisions(height, width, size, padding):
+    """Every place of the square is as frequent as any other, within 5 standard deviations, and there are as many."""
+    n = 20_000
+    spec = ViewSpec("a", size, box={"pad_crop": {"padding": padding}})
+    params = draw_sized([spec], n, height=height, width=width)[0]
+    assert (params.box[0] == (0, 0, height, width)).all()
+    assert (params.resized[0] == (height, width)).all()
+    torch.manual_seed(0)
+    padded = torch.empty(1, height + 2 * padding, width + 2 * padding)
+    theirs = np.array([RandomCrop.get_params(padded, (size, size))[:2] for _ in range(n)])
+    for axis in range(2):
+        ours, counts = np.unique(params.offset[0, :, axis] + padding, return_counts=True)
+        assert ours.tolist() == np.unique(theirs[:, axis]).tolist()
+        expected = n / len(ours)
+        assert abs(counts - expected).max() <= 5 * math.sqrt(expected * (1 - 1 / len(ours)))
+    if height > size or padding:
+        assert abs(np.corrcoef(params.offset[0].T)[0, 1]) < 0.05
+
+
+def test_images_that_are_too_small_for_a_padded_crop_are_refused():
+    spec = ViewSpec("a", 32, box={"pad_crop": {"padding": 4}})
+    draw_sized([spec], 3, height=24, width=30)
+    words = (
+        r"view 'a': box pad_crop takes 32 x 32 pixels .* border of 4, but image 7 has 40 x 21 pixels; "
+        r"set padding to at least 6, or size to at most 29$"
+    )
+    with pytest.raises(ConfigError, match=words):
+        draw_sized([spec], 1, height=40, width=21, first=7)
+    enough = ViewSpec("a", 32, box={"pad_crop": {"padding": 6}})
+    check_sizes(enough, np.array([40]), np.array([21]), str)
+    with pytest.raises(ConfigError, match="second has 25 x 23"):
+        check_sizes(spec, np.array([24, 25, 24]), np.array([24, 23, 24]), ["first", "second", "third"].__getitem__)
+
+
+def test_affine_matrices_are_torchvisions():
+    rng = np.random.default_rng(0)
+    low, high = [-180, -30, -30, 0.3, -60, -60], [180, 30, 30, 3, 60, 60]
+    given = rng.uniform(low, high, (200, 6))
+    names = ("angle", "translate_x", "translate_y", "scale", "shear_x", "shear_y")
+    ours = inverse_affine(**dict(zip(names, given.T, strict=True)))
+    theirs = [_get_inverse_affine_matrix([0.0, 0.0], a, [x, y], s, [u, v]) for a, x, y, s, u, v in given.tolist()]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert inverse_affine(shear_x=np.zeros(3)).tolist() == [[1, 0, 0, 0, 1, 0]] * 3
+
+
+def decomposed(matrices):
+    """(n, 5) angle, translations, scale and shear along x of inverse matrices without shear along y."""
+    a, b, c, d, e, f = np.asarray(matrices, dtype=float).T
+    scale = (a * e - b * d) ** -0.5
+    angle = np.degrees(np.arctan2(-d, e))
+    shear = np.degrees(np.arctan2(a * d + b * e, a * e - b * d))
+    x, y = -np.linalg.solve(np.stack([a, b, d, e], -1).reshape(-1, 2, 2), np.stack([c, f], -1)[..., None])[..., 0].T
+    return np.stack([angle, x, y, scale, shear], axis=1)
+
+
+def assert_distributed_alike(ours, theirs, names):
+    """Mean and standard deviation within 5 standard errors, of two samples (n, numbers)."""
+    n = min(len(ours), len(theirs))
+    for i, name in enumerate(names):
+        a, b = ours[:, i], theirs[:, i]
+        error = 5 * np.sqrt((a.var() + b.var()) / n) + 1e-6
+        assert abs(a.mean() - b.mean()) < error, name
+        assert abs(a.std() - b.std()) < 2 * error, name
+
+
+def test_affine_is_distributed_as_torchvisions():
+    n, size, names = 20_000, 24, ("angle", "x", "y", "scale", "shear")
+    op = next(iter(draw_sized([WARPED], n, height=32, width=32)[0].ops))
+    assert abs(op.apply.mean() - 0.5) < 0.02
+    ours = decomposed(op.value[0, op.apply[0]])
+    torch.manual_seed(0)
+    params = [
+        RandomAffine.get_params([-18.0, 18.0], [0.1, 0.1], [0.9, 1.1], [-10.0, 10.0], [size, size]) for _ in range(5000)
+    ]
+    theirs = np.array([(angle, *shift, scale, shear[0]) for angle, shift, scale, shear in params])
+    assert_distributed_alike(ours, theirs, names)
+    for i, name in enumerate(names):  # uniform: as far to either side
+        assert abs(np.quantile(ours[:, i], [0, 1]) - np.quantile(theirs[:, i], [0, 1])).max() < 0.02, name
+    for i in (1, 2):  # whole pixels; the outermost of them half as often, as fewer numbers are rounded to them
+        shifts, counts = np.unique(np.rint(ours[:, i]), return_counts=True)
+        assert abs(ours[:, i] - np.rint(ours[:, i])).max() < 1e-4
+        assert shifts.tolist() == [-2, -1, 0, 1, 2]
+        assert abs(counts / len(ours) - [(theirs[:, i] == x).mean() for x in shifts]).max() < 0.04
+    assert abs(np.corrcoef(ours.T) - np.eye(5)).max() < 0.05
+
+
+def test_affine_ranges_of_each_axis():
+    options = {"degrees": [5, 5], "translate": [0.5, 0], "scale": [2, 2], "shear": [0, 0, 20, 30]}
+    op = next(iter(draw_sized([ViewSpec("a", 24, ops=[["affine", 1, options]])], 2000, height=9, width=9)[0].ops))
+    torch.manual_seed(0)
+    params = [RandomAffine.get_params([5, 5], [0.5, 0], [2, 2], [0, 0, 20, 30], [24, 24]) for _ in range(2000)]
+    theirs = np.array([_get_inverse_affine_matrix([0.0, 0.0], *p) for p in params])
+    assert_distributed_alike(op.value[0].astype(float), theirs, "abcdef")
+    assert len(np.unique(op.value[0, :, 3])) > 1900  # the shear along y
+    plain = ViewSpec("a", 24, ops=[["affine", 1, {"degrees": 0}]])
+    (same,) = draw_sized([plain], 5, height=9, width=9)[0].ops
+    assert (same.value == (1, 0, 0, 0, 1, 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("scale", "ratio"), [((0.02, 0.33), (0.3, 3.3)), ((0.4, 1.0), (0.2, 1.0)), ((0.2, 0.4), (5, 6))]
+)
+def test_erased_boxes_are_distributed_as_torchvisions(scale, ratio):
+    """Where ten tries give no box, nothing is erased: torchvision returns the image itself."""
+    n, size = 20_000, 24
+    spec = ViewSpec("a", size, ops=[["grey", 0.5], ["erase", 0.3, {"scale": scale, "ratio": ratio, "value": 0.25}]])
+    _, op = draw_sized([spec], n, height=32, width=32)[0].ops
+    assert abs(op.apply.mean() - 0.3) < 0.03
+    assert (op.value[..., 4] == 0.25).all()
+    image = torch.zeros(3, size, size)
+    torch.manual_seed(0)
+    params = [RandomErasing.get_params(image, scale, ratio, [0.0]) for _ in range(4000)]
+    theirs = np.array([(0, 0, 0, 0) if v is image else (i, j, h, w) for i, j, h, w, v in params], dtype=float)
+    ours = op.value[0, op.apply[0], :4].astype(float)
+    assert (ours == np.rint(ours)).all()
+    assert (ours >= 0).all()
+    assert (ours[:, :2] + ours[:, 2:] <= size).all()
+    assert (ours[:, 2:] < size).all()
+    some, others = ours[ours[:, 2] > 0], theirs[theirs[:, 2] > 0]
+    assert abs(len(some) / len(ours) - len(others) / 4000) < 0.03
+    if len(others):
+        both = [np.column_stack([boxes, np.log(boxes[:, 2] / boxes[:, 3])]) for boxes in (some, others)]
+        assert_distributed_alike(*both, ("top", "left", "height", "width", "log ratio"))
+
+
+def test_the_erased_squares_of_relational_reasoning():
+    spec = ViewSpec("a", 96, ops=[["erase", 0.5, {"scale": [0.111, 0.111], "ratio": [1, 1]}]])
+    (op,) = draw_sized([spec], 100, height=96, width=96)[0].ops
+    assert (op.value[0, :, 2:4] == 32).all()
+    assert (op.value[0, :, 4] == 0).all()
 
 
 def test_jitter_is_distributed_as_torchvisions():

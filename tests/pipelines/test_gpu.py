@@ -18,7 +18,13 @@ OPS = [
     ["grey", 0.2],
     ["blur", 0.5, {"sigma": [0.1, 2.0]}],
 ]
-PLAN = [ViewSpec("a", 48, count=2, flip=0.5, ops=OPS), ViewSpec("b", 32, flip=0.5)]
+WARPED = [["affine", 0.5, {"degrees": 18, "translate": 0.1, "scale": [0.9, 1.1], "shear": 10}], ["erase", 0.5]]
+PLAN = [
+    ViewSpec("a", 48, count=2, flip=0.5, ops=OPS),
+    ViewSpec("b", 32, flip=0.5),
+    ViewSpec("c", 72, box={"pad_crop": {"padding": 9}}, flip=0.5),
+    ViewSpec("d", 48, flip=0.5, ops=WARPED),
+]
 ENGINES = ["resident", "torchvision", pytest.param("ffcv", marks=pytest.mark.ffcv)]
 
 
@@ -33,17 +39,18 @@ def views(data, device, **options):
     """All views of an epoch on the CPU, by name."""
     with ViewLoader(data, [(None, PLAN)], global_batch=8, device=device, **options) as loader:
         batches = list(loader)
-    return {name: torch.cat([b.stacked(name).float().cpu() for b in batches]) for name in ("a", "b")}
+    return {name: torch.cat([b.stacked(name).float().cpu() for b in batches]) for name in "abcd"}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_views_are_those_of_the_cpu(data, engine):
     """A crop may differ by one level where it is rounded; colours then carry that on."""
     here, there = (views(data, device, engine=engine) for device in ("cpu", "cuda"))
-    for name in ("a", "b"):
+    for name in "abcd":
         difference = (here[name] - there[name]).abs() * 255 * 0.225
         assert difference.mean() <= 0.2, name
     assert ((here["b"] - there["b"]).abs() * 255 * 0.225).max() <= 1.01  # no colours
+    assert (here["c"] - there["c"]).abs().max() <= 1e-5  # nor a resize
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

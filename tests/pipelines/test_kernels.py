@@ -31,7 +31,10 @@ OPS = [
     ["grey", 0.2],
     ["blur", 0.7, {"sigma": [0.1, 2.0]}],
     ["solarise", 0.3],
+    ["affine", 0.5, {"degrees": 30, "translate": 0.2, "scale": [0.7, 1.4], "shear": [-20, 20, -20, 20]}],
+    ["erase", 0.5],
 ]
+RANDOM, PADDED = {"random_resized": {}}, {"pad_crop": {"padding": 15}}
 
 
 def digests() -> list[str]:
@@ -39,9 +42,9 @@ def digests() -> list[str]:
     images = smooth_images(8, 90, 120)
     index, heights, widths = np.arange(8), np.full(8, 90), np.full(8, 120)
     found = []
-    for interpolation in ("bilinear", "bicubic"):
+    for box, interpolation in ((RANDOM, "bilinear"), (RANDOM, "bicubic"), (PADDED, "bilinear")):
         for size in (16, 50, 112):
-            spec = ViewSpec("a", size, count=2, interpolation=interpolation, flip=0.5, ops=OPS)
+            spec = ViewSpec("a", size, count=2, box=box, interpolation=interpolation, flip=0.5, ops=OPS)
             params = draw([spec], seed=0, epoch=0, index=index, heights=heights, widths=widths)[0]
             small = np.empty((2, 8, size, size, 3), np.uint8)
             crop_small(images, index, params, small)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from pipelines import beton
 from pipelines.batch import ViewBatch
+from pipelines.draw import draw
 from pipelines.errors import ConfigError, RunError
 from pipelines.loader import ViewLoader
 from pipelines.subset import Subset, spread
@@ -68,6 +69,34 @@ def test_engines_agree_to_one_level(data):
     for index in a:
         for view in (0, 3):  # the teacher and the last student, which have no colour operations
             assert (a[index][view] - b[index][view]).abs().max() <= 1.001 / 255 / std
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_padded_views_are_the_stored_pixels_and_normalised_black(tmp_path, engine):
+    """As torchvision pads an image: before the normalisation."""
+    images = np.random.default_rng(0).integers(1, 256, (8, 20, 24, 3), dtype=np.uint8)
+    beton.write(tmp_path / "raw.beton", ((image, i) for i, image in enumerate(images)), count=8)
+    spec = ViewSpec("a", 22, count=3, box={"pad_crop": {"padding": 5}}, flip=0.5)
+    with ViewLoader(tmp_path / "raw.beton", [(None, [spec])], global_batch=8, engine=engine, shuffle=False) as loader:
+        (batch,) = loader
+    (params,) = draw([spec], seed=0, epoch=0, index=np.arange(8), heights=np.full(8, 20), widths=np.full(8, 24))
+    mean, std = np.array(spec.normalize)
+    for view, made in enumerate(batch.views["a"]):
+        for i in range(8):
+            y, x = (params.offset[view, i] + 5).tolist()
+            square = np.pad(images[i], ((5, 5), (5, 5), (0, 0)))[y : y + 22, x : x + 22]
+            square = square[:, ::-1] if params.flip[view, i] else square
+            np.testing.assert_allclose(made[i].permute(1, 2, 0), (square / 255 - mean) / std, rtol=0, atol=1e-6)
+
+
+def test_an_image_that_is_too_small_for_a_view_is_named(data):
+    spec = ViewSpec("a", 33, box={"pad_crop": {"padding": 2}})
+    words = (
+        "'a': box pad_crop takes 33 x 33 .* sample 13 of .*images.beton has 40 x 28 pixels; set padding to at least 3"
+    )
+    for phases in ([(None, [spec])], [(5, PLAN), (None, [spec])]):  # at once, and not in the fifth epoch
+        with pytest.raises(ConfigError, match=words):
+            ViewLoader(data, phases, global_batch=8)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

@@ -30,11 +30,13 @@ SIDE, COUNT = 64, 22
 CROP = {"random_resized": {"scale": [0.2, 1.0]}}
 JITTER = ["jitter", 0.8, {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}]
 STRONG = [JITTER, ["grey", 0.2], ["blur", 0.5, {"sigma": [0.1, 2.0]}], ["solarise", 0.3, {"threshold": 0.5}]]
+WARPED = [["affine", 0.5, {"degrees": 18, "translate": 0.1, "scale": [0.9, 1.1], "shear": 10}], ["erase", 0.5]]
 ONE = [ViewSpec("teacher", 32, box=CROP, flip=0.5)]
 MANY = [
     ViewSpec("teacher", 32, count=2, box=CROP, flip=0.5, ops=STRONG),
     ViewSpec("student", 24, count=3, box=CROP, flip=0.5, ops=STRONG[:2], interpolation="bicubic"),
     ViewSpec("whole", 16, box={"center": {"resize": 20}}),
+    ViewSpec("padded", 60, box={"pad_crop": {"padding": 6}}, flip=0.5, ops=WARPED),
 ]
 
 
@@ -136,7 +138,9 @@ def decodes(monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("plan", "shares"), [(ONE, 1), (MANY, 1), (MANY, 2)], ids=["one view", "six", "six, shared"])
+@pytest.mark.parametrize(
+    ("plan", "shares"), [(ONE, 1), (MANY, 1), (MANY, 2)], ids=["one view", "seven", "seven, shared"]
+)
 def test_an_image_is_decoded_once_an_epoch_whatever_the_plan(folder, engine, plan, shares, decodes):
     streams = [stream for stream, _ in samples("jpeg")]
     options = {"global_batch": 8, "num_micro": shares, "drop_last": False, "engine": engine, "workers": 2}

@@ -44,10 +44,30 @@ def test_a_spec_from_a_recipe():
         ({"box": {"random_resized": {"scale": [0.2, 1.2]}}}, "at most 1"),
         ({"box": {"center": {}}}, "resize must be given"),
         ({"box": {"center": {"resize": 16}}}, "set resize to at least 32"),
+        ({"box": {"pad_crop": {}}}, "padding must be given"),
+        ({"box": {"pad_crop": {"padding": -1}}}, "padding is a whole number of at least 0, got -1"),
+        ({"box": {"pad_crop": {"padding": 32}}}, "set padding to at most 31"),
         ({"ops": [["jiter", 1]]}, "did you mean 'jitter'"),
         ({"ops": [["randaugment", 1]]}, "'randaugment' is not in this version yet"),
         ({"ops": [["blur", 0.5]]}, "sigma must be given"),
         ({"ops": [["jitter", 1, {"hue": 0.6}]]}, r"strength in \[0, 0.5\], got 0.6"),
+        ({"ops": [["jitter", 1, {"brightness": float("inf")}]]}, r"strength in \[0, inf\], got inf"),
+        ({"ops": [["affine", 1]]}, "degrees must be given"),
+        ({"ops": [["affine", 1, {"degrees": -5}]]}, "affine: degrees is a number x .* at most 360 degrees, got -5"),
+        ({"ops": [["affine", 1, {"degrees": [5, -5]}]]}, "degrees is a number x"),
+        ({"ops": [["affine", 1, {"degrees": [1, 2, 3]}]]}, "degrees is a number x"),
+        ({"ops": [["affine", 1, {"degrees": "5"}]]}, "degrees is a number x"),
+        ({"ops": [["affine", 1, {"degrees": 5, "translate": 1.5}]]}, r"translate is a share .* got 1.5"),
+        ({"ops": [["affine", 1, {"degrees": 5, "translate": [0.1]}]]}, r"translate is a share .* got \[0.1\]"),
+        ({"ops": [["affine", 1, {"degrees": 5, "scale": 0.9}]]}, r"affine: scale is \[low, high\]"),
+        ({"ops": [["affine", 1, {"degrees": 5, "shear": 90}]]}, "shear is a number x .* at most 89 degrees, got 90"),
+        ({"ops": [["affine", 1, {"degrees": 5, "shear": [0, 1, 2]}]]}, "shear is a number x"),
+        ({"ops": [["affine", 1, {"degrees": 5, "shear": [0, 1, 2, 1]}]]}, "shear is a number x"),
+        ({"ops": [["erase", 1, {"scale": [0.1, 1.5]}]]}, "erase: scale is a share of the view's area, at most 1"),
+        ({"ops": [["erase", 1, {"ratio": [2, 1]}]]}, r"erase: ratio is \[low, high\]"),
+        ({"ops": [["erase", 1, {"value": "random"}]]}, "erase: value is a number, .* got 'random'"),
+        ({"ops": [["erase", 1], ["grey", 0.2]]}, "list it once, as the last of the ops"),
+        ({"ops": [["erase", 1], ["erase", 1]]}, "list it once"),
         ({"ops": [["grey"]]}, "an op is"),
         ({"ops": [["grey", 0.2, {"a": 1}]]}, "unknown option 'a'"),
         ({"normalize": {"mean": [0, 0, 0], "std": [1, 1, 0]}}, "three positive stds"),
@@ -56,6 +76,22 @@ def test_a_spec_from_a_recipe():
 def test_what_cannot_be_is_refused(change, words):
     with pytest.raises(ConfigError, match=words):
         ViewSpec.from_dict({"name": "student", "size": 32, **change})
+
+
+def test_the_finetune_views_of_relational_reasoning():
+    affine = {"degrees": 18, "translate": 0.1, "scale": [0.9, 1.1], "shear": 10}
+    erase = {"scale": [0.111, 0.111], "ratio": [1, 1]}
+    box = {"pad_crop": {"padding": 12}}
+    spec = ViewSpec.from_dict(
+        {"name": "a", "size": 96, "box": box, "flip": 0.5, "ops": [["affine", 0.5, affine], ["erase", 0.5, erase]]}
+    )
+    assert spec.box_options == {"padding": 12}
+    ranges = {"degrees": (-18, 18), "translate": (0.1, 0.1), "scale": (0.9, 1.1), "shear": (-10, 10, 0, 0)}
+    assert spec.ops[0] == ("affine", 0.5, ranges)
+    assert spec.ops[1] == ("erase", 0.5, {"scale": (0.111, 0.111), "ratio": (1, 1), "value": 0})
+    both = ViewSpec("a", 8, ops=[["affine", 1, {"degrees": [0, 5], "shear": [1, 2, -3, 4], "translate": [0.1, 0.2]}]])
+    ranges = {"degrees": (0, 5), "translate": (0.1, 0.2), "scale": (1, 1), "shear": (1, 2, -3, 4)}
+    assert both.ops[0] == ("affine", 1.0, ranges)
 
 
 def test_required_keys():

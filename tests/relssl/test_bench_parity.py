@@ -97,9 +97,9 @@ def test_engines_and_colour_paths_pass(bench):
         assert {(path, "chain, fp16", "torchvision"), (path, "chain, bf16", "torchvision")} <= colours
     crops = {(row.subject, row.case) for row in rows if row.check == "crop"}
     for subject in ("resident cpu", "torchvision cpu"):
-        assert {(subject, f"{s}, {i}") for s in bench.stores for i in ("bilinear", "bicubic")} <= crops
+        assert {(subject, f"{s}, {i}") for s in bench.stores for i in ("bilinear", "bicubic", "padded")} <= crops
     for dtype in parity.DTYPES:
-        assert (f"matmul {dtype} cpu", "raw, bilinear") in crops
+        assert {(f"matmul {dtype} cpu", "raw, bilinear"), (f"matmul {dtype} cpu", "raw, padded")} <= crops
 
 
 def test_the_reference_crop_is_torchvisions(stores):
@@ -111,6 +111,17 @@ def test_the_reference_crop_is_torchvisions(stores):
     assert not params.flip.all()
     for v, b in np.ndindex(*params.flip.shape):
         theirs = tv.resized_crop(Image.fromarray(pictures[b]), *params.box[v, b].tolist(), [40, 40])
+        assert (ours[v, b] == np.asarray(tv.hflip(theirs) if params.flip[v, b] else theirs)).all()
+
+
+def test_the_reference_of_padded_crops_is_torchvisions(stores):
+    files, pictures = stores["small"].files, stores["small"].pictures
+    spec = parity.ViewSpec("view", 32, count=4, box={"pad_crop": {"padding": 4}}, flip=0.5)
+    params = parity._drawn([spec], files, np.arange(len(files)))[0]
+    ours = pil_crops(pictures, params)
+    for v, b in np.ndindex(*params.flip.shape):
+        y, x = (params.offset[v, b] + 4).tolist()
+        theirs = tv.crop(tv.pad(Image.fromarray(pictures[b]), 4), y, x, 32, 32)
         assert (ours[v, b] == np.asarray(tv.hflip(theirs) if params.flip[v, b] else theirs)).all()
 
 
@@ -130,6 +141,21 @@ def test_a_crop_that_is_off_by_a_pixel(bench, monkeypatch):
     parity.check_crops(bench)
     wrong = {("crop", "torchvision cpu", f"{s}, {i}", "PIL") for s in bench.stores for i in ("bilinear", "bicubic")}
     assert failed(bench.ledger) == wrong
+
+
+def test_a_border_that_is_not_black(bench, monkeypatch):
+    """Crops that stay inside the image instead."""
+    right = torchvision.Engine.crops
+
+    def inside(self, ids, params, *others):
+        params = copy.deepcopy(params)
+        for view in params:
+            view.offset = view.offset.clip(0, view.resized - view.size)
+        return right(self, ids, params, *others)
+
+    monkeypatch.setattr(torchvision.Engine, "crops", inside)
+    parity.check_crops(bench)
+    assert failed(bench.ledger) == {("crop", "torchvision cpu", f"{s}, padded", "PIL") for s in bench.stores}
 
 
 def test_a_loader_with_other_crops_than_its_engine(bench, monkeypatch):
@@ -176,6 +202,14 @@ def sigma_off(value):
     value[..., 0] *= 1.1
 
 
+def shift_off(value):
+    value[..., 2] += 0.5
+
+
+def box_off(value):
+    value[..., 2] -= 1
+
+
 def reversed_order(right, crops, params, spec, out):
     params = copy.deepcopy(params)
     params.ops.order[:] = params.ops.order[..., ::-1].copy()
@@ -196,10 +230,12 @@ CHAINS = {"chain", "chain, fp16", "chain, bf16", parity.SOLARISED}
     [
         (changed_value("jitter", hue_off), {"hue"} | CHAINS),
         (changed_value("blur", sigma_off), {"blur"} | CHAINS),
+        (changed_value("affine", shift_off), {"affine"}),
+        (changed_value("erase", box_off), {"erase"}),
         (reversed_order, CHAINS),
         (swapped_channels, (SINGLE | CHAINS) - {"grey"}),
     ],
-    ids=["hue", "sigma", "order", "channels"],
+    ids=["hue", "sigma", "affine", "erase", "order", "channels"],
 )
 @pytest.mark.parametrize(("name", "path"), [("colour", "numba cpu"), ("colour_torch", "torch cpu")])
 def test_wrong_colours(wrong, cases, name, path, bench, monkeypatch):

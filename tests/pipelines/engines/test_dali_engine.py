@@ -26,6 +26,7 @@ from tests.pipelines.engines.test_ffcv_engine import (
     BICUBIC,
     COUNT,
     CPU,
+    PADDED,
     PLAN,
     Changed,
     assert_damage_is_replaced,
@@ -88,6 +89,21 @@ def test_crops_are_pils(stored, request):
         assert difference.mean() <= 0.25
         assert (inside(difference) > 1).mean() <= 0.002
         assert (difference > 1).mean() <= 0.05
+
+
+@needs_dali
+@pytest.mark.parametrize("stored", ["jpegs", "pages", "mixed"])
+def test_padded_crops_are_pils_to_the_bit(stored, request):
+    assert differences("dali", request.getfixturevalue(stored), range(COUNT), PADDED)[0].max() == 0
+
+
+@needs_dali
+def test_a_square_that_is_nowhere_is_an_error_and_not_black(jpegs):
+    for plan, offset in ((PADDED, (-56, 0)), (PLAN, (-1, 0))):
+        params = drawn(jpegs, [0, 1], plan)
+        params[0].offset[0, 1] = offset
+        with pytest.raises(ValueError, match="square"):
+            make_crops("dali", jpegs, [0, 1], params=params)
 
 
 @needs_dali

@@ -32,6 +32,7 @@ PLAN = [
     ViewSpec("small", 20, flip=0.5),
     ViewSpec("centre", 32, box={"center": {"resize": 36}}, flip=0.5),
 ]
+PADDED = [ViewSpec("padded", 56, count=4, box={"pad_crop": {"padding": 9}}, flip=0.5), ViewSpec("small", 20)]
 BICUBIC = [ViewSpec("large", 48, count=2, flip=0.5, interpolation="bicubic"), ViewSpec("small", 20)]
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 CPU = torch.device("cpu")
@@ -120,8 +121,8 @@ def pil_crops(images, params):
         rows, columns = params.resized[v, row].tolist()
         y, x = params.offset[v, row].tolist()
         crop = Image.fromarray(images[row][top : top + height, left : left + width])
-        crop = np.array(crop.resize((columns, rows), RESAMPLE[params.interpolation]))
-        crop = crop[y : y + params.size, x : x + params.size]
+        crop = crop.resize((columns, rows), RESAMPLE[params.interpolation])
+        crop = np.array(crop.crop((x, y, x + params.size, y + params.size)))  # black where it leaves the image
         out[v, row] = crop[:, ::-1] if params.flip[v, row] else crop
     return out
 
@@ -235,6 +236,19 @@ def test_the_same_pixels_give_the_torchvision_engines_crops_bit_for_bit(jpegs, p
         theirs = make_crops("torchvision", files, range(COUNT), plan)
         for a, b in zip(make_crops("ffcv", files, range(COUNT), plan), theirs, strict=True):
             assert (a == b).all()
+
+
+@needs_ffcv
+@pytest.mark.parametrize("resize", ["antialias", "area"])
+def test_padded_crops_are_the_decoders_pixels_and_black(jpegs, pages, resize):
+    for files in (pages, jpegs):
+        pool = Pool(1)
+        decoder = ffcv.Engine(files, device=CPU, pool=pool)
+        pool.close()
+        images = [decoder.decode(i).permute(1, 2, 0).numpy() for i in range(COUNT)]
+        made = make_crops("ffcv", files, range(COUNT), PADDED, resize=resize)[0]
+        assert (made == pil_crops(images, drawn(files, range(COUNT), PADDED)[0])).all()
+        assert (made == 0).mean() > 0.1
 
 
 @needs_ffcv
