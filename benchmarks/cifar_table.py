@@ -2,8 +2,8 @@
 
 python -m benchmarks.cifar_table [--images FOLDER_OR_ARCHIVE] [--out runs/cifar-table]     (= make cifar-table)
 
-A smoke test, not a ranking: minutes of training, settings that nobody tuned. A cell is a method and a training seed; its
-run folder and `cells/<method>-seed<n>.json` lie in --out, so a command that was stopped goes on where it was.
+A smoke test, not a ranking: minutes of training, settings that nobody tuned. A cell is a method and a training seed;
+its run folder and `cells/<method>-seed<n>.json` lie in --out, so a command that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import relssl  # isort: skip  # before torch is: it says how threads wait for each other  # noqa: F401
 
 from dataset_tools.convert import convert_source
 from pipelines import beton
@@ -67,6 +69,7 @@ def make_table(options: argparse.Namespace) -> int:
         "benchmark": "cifar_table",
         "command": command,
         "hardware": hardware(),
+        "data": "CIFAR-10 as published" if options.images is None else f"CIFAR-10 from {options.images.name}",
         "date": max(cell["date"] for cell in cells)[:10],
         "cells": cells,
     }
@@ -191,9 +194,9 @@ def page(result: dict[str, Any]) -> str:
     backbone = result["cells"][0]["settings"]["backbone"]["name"]
     return f"""# CIFAR-10 smoke table
 
-**A smoke test, not a ranking**: minutes of training of a very small network ({backbone}), one recipe per method that nobody
-tuned, one training seed unless the table says more. It shows that every method learns something in this code base. Nothing
-here reproduces a figure of a paper.
+**A smoke test, not a ranking**: minutes of training of a very small network ({backbone}), one recipe per method that
+nobody tuned, one training seed unless the table says more. It shows that every method learns something in this code
+base. Nothing here reproduces a figure of a paper.
 
 ```
 make cifar-table                                    # converts CIFAR-10 (downloaded), fills the cells, writes this page
@@ -204,12 +207,13 @@ A cell that is there is not trained again; a command that was stopped goes on wh
 
 {table}
 
-`{result["command"]}`, {result["hardware"]}, {result["date"]}. CIFAR-10 as JPEGs or as published: 50,000 images for training
-and probes, 10,000 for the accuracies, top-1 in percent. kNN: weighted, k = {result["cells"][0]["knn"]["k"]}, cosine similarity.
-linear: protocol `{probe["protocol"]}`, mean and standard deviation over {len(probe["seeds"])} seeds of the probe. views: images
-that went through the trained encoder (rotation turns each view four ways; ReSSL's teacher counts, too). training: time of the
-updates alone, evaluations left out. above random: linear accuracy less that of the untrained network of the same seed; `NO`
-where it is not more than two standard deviations of the probes.
+`{result["command"]}`, {result["hardware"]}, {result["date"]}. 50,000 images for training and probes, 10,000 for the
+accuracies, top-1 in percent; {result["data"]}. kNN: weighted, k = {result["cells"][0]["knn"]["k"]}, cosine similarity.
+linear: protocol `{probe["protocol"]}`, mean and standard deviation over {len(probe["seeds"])} seeds of the probe.
+views: images that went through the trained encoder (rotation turns each view four ways; ReSSL's teacher counts, too).
+training: time of the updates and of what comes before an epoch, evaluations left out. above random: linear accuracy
+less that of the untrained network of the same seed; `NO` where it is not more than two standard deviations of the
+probes.
 """
 
 

@@ -6,6 +6,8 @@ images, and for many views of each image.
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,23 +37,8 @@ class Engine:
         self.device, self.pool = device, pool
         self.ASYNC = device.type == "cpu"  # on an accelerator the crops are queued behind the step anyway
         self._memory = Recycler()
-        self.unreadable: dict[int, InputError] = {}
-        shape = (len(files), int(files.heights.max()), int(files.widths.max()), 3)
-        _check_memory(shape, device)
-        canvas = torch.zeros(shape, dtype=torch.uint8)
-
-        def load(start: int, stop: int) -> None:
-            for index in range(start, stop):
-                try:
-                    with naming(files, index):
-                        image = decode_sample(files, index)
-                except InputError as error:
-                    self.unreadable[index] = error
-                else:
-                    canvas[index, : image.shape[1], : image.shape[2]] = image.permute(1, 2, 0)
-
-        pool.run(load, len(files), chunk=256)
-        self.images = canvas.to(device)
+        self._decoded = _decoded(files, device, pool)
+        self.images, self.unreadable = self._decoded.images, self._decoded.unreadable
 
     @staticmethod
     def check(spec: ViewSpec, resize: str) -> None:
@@ -81,7 +68,8 @@ class Engine:
 
     def close(self) -> None:
         self._memory.clear()
-        self.images = torch.empty(0, dtype=torch.uint8)
+        self._decoded = _Decoded(None, torch.empty(0, dtype=torch.uint8), {})
+        self.images = self._decoded.images
 
     def _readable(self, ids: np.ndarray, replace: Replace) -> np.ndarray:
         """`ids` with the images that could not be decoded replaced."""
@@ -92,6 +80,47 @@ class Engine:
             while int(ids[row]) in self.unreadable:
                 ids[row] = replace(row, self.unreadable[int(ids[row])])
         return ids
+
+
+@dataclass(eq=False)
+class _Decoded:
+    """The images of an open data set on a device, and why some are missing."""
+
+    files: Any
+    images: Tensor
+    unreadable: dict[int, InputError]
+
+
+# Engines over one open data set share its images: features for an evaluation need no second copy. Gone with the last.
+_IN_USE: weakref.WeakValueDictionary[tuple[int, str], _Decoded] = weakref.WeakValueDictionary()
+
+
+def _decoded(files: Any, device: torch.device, pool: Pool) -> _Decoded:
+    key = (id(files), str(device))
+    found = _IN_USE.get(key)
+    if found is None or found.files is not files:
+        found = _IN_USE[key] = _decode_all(files, device, pool)
+    return found
+
+
+def _decode_all(files: Any, device: torch.device, pool: Pool) -> _Decoded:
+    shape = (len(files), int(files.heights.max()), int(files.widths.max()), 3)
+    _check_memory(shape, device)
+    canvas = torch.zeros(shape, dtype=torch.uint8)
+    unreadable: dict[int, InputError] = {}
+
+    def load(start: int, stop: int) -> None:
+        for index in range(start, stop):
+            try:
+                with naming(files, index):
+                    image = decode_sample(files, index)
+            except InputError as error:
+                unreadable[index] = error
+            else:
+                canvas[index, : image.shape[1], : image.shape[2]] = image.permute(1, 2, 0)
+
+    pool.run(load, len(files), chunk=256)
+    return _Decoded(files, canvas.to(device), unreadable)
 
 
 def _check_memory(shape: tuple[int, ...], device: torch.device) -> None:
