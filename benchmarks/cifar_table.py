@@ -63,7 +63,8 @@ def make_table(options: argparse.Namespace) -> int:
             if cell is None:
                 return 130  # stopped by a signal, which the trainer has answered with a checkpoint
             cells.append(cell)
-    command = "make cifar-table" if not options.overrides else f"make cifar-table ARGS='{' '.join(options.overrides)}'"
+    given = [*(["--images", options.images.name] if options.images else []), *options.overrides]
+    command = "make cifar-table" + (f' ARGS="{" ".join(given)}"' if given else "")
     result = {
         "format": FORMAT,
         "benchmark": "cifar_table",

@@ -3,6 +3,8 @@
 Real images come from the folder in RELSSL_TEST_DATA (`cifar10-jpeg.tar.xz`, `imagenet-sample-500.tar`).
 Without it, tests that ask for them are skipped; under RELSSL_REQUIRE_DATA=1, which CI sets, they fail.
 RELSSL_TEST_CACHE names a folder in which the unpacked archives stay from one run to the next.
+
+`--recipe FILE.yaml` runs what holds for every method on the method of that recipe, and nothing else.
 """
 
 from __future__ import annotations
@@ -41,7 +43,11 @@ def requires_data() -> bool:
     return os.environ.get("RELSSL_REQUIRE_DATA", "") not in ("", "0")
 
 
-# -- markers
+# -- options and markers
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--recipe", metavar="FILE.yaml", help="test the method of this recipe, as every method is tested")
 
 
 @functools.cache
@@ -59,10 +65,20 @@ def missing(need: str) -> str | None:
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if DATA_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("data")
+    recipe = config.getoption("recipe")
+    if recipe is not None:
+        config.hook.pytest_deselected(items=[item for item in items if not is_given(item, recipe)])
+        items[:] = [item for item in items if is_given(item, recipe)]
+
+
+def is_given(item: pytest.Item, recipe: str) -> bool:
+    """Whether `--recipe` is what a test is about."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return any(value is recipe for value in parameters)  # values of other tests may not be comparable
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,6 +1,7 @@
 """What holds for every method. Methods are found by their files, and each is built from its recipe `cifar10_cpu`.
 
 A new method is tested here as soon as there are `relssl/methods/<name>.py` and `configs/<name>/cifar10_cpu.yaml`.
+A method in a file of one's own is tested by `pytest tests/test_methods.py --recipe FILE.yaml`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from torch import Tensor
 from pipelines import beton
 from pipelines.errors import ConfigError, InputError, RunError
 from pipelines.loader import ViewLoader
+from relssl import cli
 from relssl.build import build_method, make_optimizer, make_schedule
-from relssl.config import Recipe, load_recipe
-from relssl.evaluate import open_weights
+from relssl.config import Recipe
+from relssl.evaluate import initial_backbone, open_weights
 from relssl.methods import load_method, method_names
 from relssl.methods.base import Method, Step
-from relssl.recipes import recipe_path
 from relssl.runfolder import RunFolder
 from relssl.train import data_info, run_update, train
 from tests.relssl import tiny
@@ -37,6 +38,22 @@ BATCH = 16
 # Methods whose loss for half of a batch says nothing about the other half: pairs and shifts stay within a process.
 LOCAL = {"relational", "deepinfomax"}
 SMALL = {"ressl": ["method.queue_size=48"], "deepcluster": ["method.num_clusters=4"]}
+# What an argument of a test runs over, where no recipe is given: names of methods, each standing for its recipe.
+GROUPS = {
+    "name": TRAINED,
+    "any_name": NAMES,
+    "joint_name": [name for name in TRAINED if name not in LOCAL],
+    "local_name": sorted(LOCAL),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each method of a group. With `--recipe` there is that recipe alone, taken for a joint one."""
+    recipe = metafunc.config.getoption("recipe")
+    for argument, names in GROUPS.items():
+        if argument in metafunc.fixturenames:
+            given = [] if argument == "local_name" else [recipe]
+            metafunc.parametrize(argument, names if recipe is None else given)
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +65,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(name: str, data: Path, *overrides: str) -> Recipe:
-    return load_recipe(
-        recipe_path(f"{name}/cifar10_cpu"),
+    return cli.load(
+        recipe_name(name),
         [
             f"data.train={data / 'train.beton'}", f"data.test={data / 'test.beton'}", "data.engine=resident",
             f"train.batch_size={BATCH}", "train.epochs=2", "train.log_every=1", "optim.schedule.name=constant",
             "eval.online=null", *SMALL.get(name, []), *overrides,
         ],
     )  # fmt: skip
+
+
+def recipe_name(name: str) -> str:
+    """Of a method's name, or of a recipe's own."""
+    return f"{name}/cifar10_cpu" if name in NAMES else name
+
+
+def method_class(name: str) -> type[Method]:
+    return load_method(str(cli.load(recipe_name(name), []).method["name"]))
 
 
 class Rig:
@@ -94,7 +120,6 @@ def test_every_method_has_its_recipe() -> None:
     assert {path.parent.name for path in (ROOT / "configs").glob("*/cifar10_cpu.yaml")} == set(NAMES)
 
 
-@pytest.mark.parametrize("name", TRAINED)
 def test_an_update_moves_what_trains_and_nothing_else(name: str, data: Path) -> None:
     rig = Rig(recipe_of(name, data))
     before = {key: value.clone() for key, value in rig.method.named_parameters()}
@@ -107,7 +132,7 @@ def test_an_update_moves_what_trains_and_nothing_else(name: str, data: Path) -> 
     loss.backward()
     for key, parameter in rig.method.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, key
-        if parameter.requires_grad and not key.endswith("linear1.bias"):  # BatchNorm takes that one out again
+        if parameter.requires_grad and not key.endswith(".bias"):  # a BatchNorm takes the one before it out again
             assert (parameter.grad != 0).any(), key
     rig.method.zero_grad()
     rig.update(rig.begin_epoch())
@@ -117,7 +142,12 @@ def test_an_update_moves_what_trains_and_nothing_else(name: str, data: Path) -> 
     assert any(not torch.equal(before[k], p) for k, p in rig.method.encoder.named_parameters(prefix="encoder"))
 
 
-@pytest.mark.parametrize("name", TRAINED)
+def test_the_encoder_is_built_first(any_name: str, data: Path) -> None:
+    """`--random-init` builds a backbone and nothing else; these must be the weights that a run starts from."""
+    recipe = recipe_of(any_name, data)
+    assert_equal_states(Rig(recipe).method.encoder.state_dict(), initial_backbone(recipe).state_dict())
+
+
 def test_a_run_is_a_function_of_its_seed(name: str, data: Path, tmp_path: Path) -> None:
     for run, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert train(recipe_of(name, data, f"train.seed={seed}"), tmp_path / run) == 0
@@ -126,7 +156,6 @@ def test_a_run_is_a_function_of_its_seed(name: str, data: Path, tmp_path: Path) 
         assert_equal_states(final_state(tmp_path / "a"), final_state(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("name", TRAINED)
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +167,8 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     for path in checkpoints[4:]:  # updates 5, 6 and the end
         (path / "COMPLETE").unlink()
     calls: list[int] = []
-    cls = load_method(name)
+    cls = method_class(name)
+    monkeypatch.setattr("relssl.build.load_method", lambda _: cls)  # a file would be loaded anew, as another class
     original = cls.before_epoch
     monkeypatch.setattr(cls, "before_epoch", lambda self, step, encode: (calls.append(1), original(self, step, encode)))
     train(recipe_of(name, data, *options), tmp_path / "cut", resume=True)
@@ -146,7 +176,6 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     assert_equal_states(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
 
 
-@pytest.mark.parametrize("name", TRAINED)
 def test_state_survives_save_and_load(name: str, data: Path) -> None:
     rig = Rig(recipe_of(name, data))
     batches = rig.begin_epoch()
@@ -161,9 +190,8 @@ def test_state_survives_save_and_load(name: str, data: Path) -> None:
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_wrong_view_plan_is_refused_before_the_first_step(name: str, data: Path) -> None:
-    cls = load_method(name)
+def test_a_wrong_view_plan_is_refused_before_the_first_step(any_name: str, data: Path) -> None:
+    cls = method_class(any_name)
     view, (low, high) = next(iter(cls.VIEWS.items()))
     spec = {"name": view, "size": 32, "box": "whole"}
     wrong: list[tuple[list[dict[str, Any]], str]] = [
@@ -177,13 +205,24 @@ def test_a_wrong_view_plan_is_refused_before_the_first_step(name: str, data: Pat
         wrong.append(([spec, {**spec, "size": 24}], "of one size, got 24, 32 pixels"))
     for plan, message in wrong:
         with pytest.raises(ConfigError, match=message) as refused:
-            recipe_of(name, data, f"views.plan={_yaml(plan)}")
+            recipe_of(any_name, data, f"views.plan={_yaml(plan)}", "views.phases=null")
         if "no view" in message or "got 0" in message:
             assert all(f"{needed}: " in str(refused.value) for needed in cls.VIEWS)
 
 
+def test_the_fewest_and_the_most_views_do(name: str, data: Path) -> None:
+    cls = method_class(name)
+    most = {view: low + 2 if high is None else high for view, (low, high) in cls.VIEWS.items()}
+    for plan in (_least(cls), _plan(most)):
+        rig = Rig(recipe_of(name, data, f"views.plan={_yaml(plan)}", "views.phases=null"))
+        assert rig.update(rig.begin_epoch())["loss"].isfinite()
+
+
 def _least(cls: type[Method]) -> list[dict[str, Any]]:
-    counts = {view: low for view, (low, _) in cls.VIEWS.items() if low}
+    return _plan({view: low for view, (low, _) in cls.VIEWS.items() if low})
+
+
+def _plan(counts: dict[str, int]) -> list[dict[str, Any]]:
     return [{"name": view, "size": 32, "box": "whole", "count": count} for view, count in counts.items()]
 
 
@@ -191,7 +230,15 @@ def _yaml(plan: list[dict[str, Any]]) -> str:
     return yaml.safe_dump(plan, default_flow_style=True, width=10_000).strip()
 
 
-@pytest.mark.parametrize("name", TRAINED)
+def test_the_loss_is_wide_under_autocast(name: str, data: Path) -> None:
+    """Seen without Accelerate, which widens what a method returns."""
+    rig = Rig(recipe_of(name, data))
+    batch = next(rig.begin_epoch())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = rig.method(batch, Step(0, 0))
+    assert loss.dtype == torch.float32
+
+
 def test_thirty_updates_under_bfloat16_stay_finite(name: str, data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(name, data, "train.precision=bf16", "train.epochs=10", "train.checkpoint.every_epochs=10")
     assert train(recipe, tmp_path / "run") == 0
@@ -203,7 +250,7 @@ def test_thirty_updates_under_bfloat16_stay_finite(name: str, data: Path, tmp_pa
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
-def _state_after(rank: int, name: str, folder: str, world: int, num_micro: int, norm: str) -> dict[str, Tensor]:
+def state_after(rank: int, name: str, folder: str, world: int, num_micro: int, norm: str) -> dict[str, Tensor]:
     torch.manual_seed(0)
     recipe = recipe_of(
         name, Path(folder), "train.precision=fp64", f"train.num_micro={num_micro}", "train.accumulation=approximate",
@@ -221,24 +268,22 @@ def _state_after(rank: int, name: str, folder: str, world: int, num_micro: int, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["sync", "split(4)"])
-@pytest.mark.parametrize("name", [name for name in TRAINED if name not in LOCAL])
-def test_two_processes_equal_one(name: str, norm: str, data: Path) -> None:
-    one = _state_after(0, name, str(data), 1, 1, norm)
-    two = run_ranks(_state_after, 2, name, str(data), 2, 1, norm)
+def test_two_processes_equal_one(joint_name: str, norm: str, data: Path) -> None:
+    one = state_after(0, joint_name, str(data), 1, 1, norm)
+    two = run_ranks(state_after, 2, joint_name, str(data), 2, 1, norm)
     for key, value in one.items():
         torch.testing.assert_close(two[0][key], value, rtol=0, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
         torch.testing.assert_close(two[1][key], two[0][key], rtol=0, atol=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(LOCAL))
-def test_two_processes_equal_two_micro_batches(name: str, data: Path) -> None:
+def test_two_processes_equal_two_micro_batches(local_name: str, data: Path) -> None:
     """Each half of the batch is on its own: the update is the mean of both halves' gradients.
 
     Running statistics are those of the first half, of both in turn with micro-batches; they do not act on training.
     """
-    one = _state_after(0, name, str(data), 1, 2, "local")
-    two = run_ranks(_state_after, 2, name, str(data), 2, 1, "local")[0]
+    one = state_after(0, local_name, str(data), 1, 2, "local")
+    two = run_ranks(state_after, 2, local_name, str(data), 2, 1, "local")[0]
     for key, value in one.items():
         if not key.endswith(("running_mean", "running_var", "num_batches_tracked")):
             torch.testing.assert_close(two[key], value, rtol=0, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
