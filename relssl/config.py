@@ -246,6 +246,12 @@ class Recipe(Section):
         plan = self.eval.linear.plan
         return None if plan is None else [self.views.spec({"name": "image", **values}) for values in plan]
 
+    @property
+    def method_name(self) -> str:
+        """The method's name; of a file of one's own, that of the file."""
+        name = str(self.method["name"])
+        return Path(name).stem if name.endswith(".py") else name
+
     def method_config(self) -> Any:
         """The method's own settings, checked. Imports the method."""
         from relssl.methods import load_method

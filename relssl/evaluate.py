@@ -308,7 +308,7 @@ class _Task:
             "num_train": len(self.sets["train"]),
             "num_test": len(self.sets["test"]),
             "backbone": recipe.backbone.name,
-            "method": recipe.method["name"],
+            "method": recipe.method_name,
             "epochs": self.weights.epochs,
             "global_batch": recipe.train.batch_size,
             "views_per_step": sum(spec.count for spec in recipe.views.specs()[-1][1]),

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import InputError
+from pipelines.errors import ConfigError, InputError
 from relssl.config import Recipe, read_yaml, recipe_from
 
 # Settings that may differ when a run is resumed: they do not touch a single number of the training.
@@ -37,6 +37,10 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def method_file(self) -> Path:
+        return self.path / "method.py"
 
     @property
     def metrics(self) -> Path:
@@ -69,9 +73,26 @@ class RunFolder:
         return recipe_from(read_yaml(self.config), str(self.config))
 
     def describe(self, recipe: Recipe, command: str) -> None:
-        """Write config.yaml and env.json."""
+        """Write config.yaml and env.json, and keep a method file of one's own."""
         write_atomically(self.config, recipe.to_yaml())
+        if str(recipe.method["name"]).endswith(".py"):
+            write_atomically(self.method_file, Path(recipe.method["name"]).read_text(encoding="utf-8"))
         write_atomically(self.path / "env.json", json.dumps({"command": command, **environment()}, indent=1))
+
+    def check_method_file(self, recipe: Recipe) -> None:
+        """Refuse to go on with a method file that is not the one the run was started with.
+
+        Raises:
+            ConfigError: it was changed.
+        """
+        name, kept = str(recipe.method["name"]), self.method_file
+        if not (kept.is_file() and name.endswith(".py")):
+            return
+        if kept.read_text(encoding="utf-8") != Path(name).read_text(encoding="utf-8"):
+            raise ConfigError(
+                f"{name} has changed since {self.path} was started, whose copy is {kept}; a resumed run must be the "
+                "same one. Choose another folder with --out, or restore the file."
+            )
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:

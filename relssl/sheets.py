@@ -51,7 +51,7 @@ def draw_views(recipe: Recipe, out: Path, *, num_images: int = 8, epoch: int = 0
                 for columns in drawn
             ]
             titles = ["original", *[spec.name for spec in expand(loader.plan_of(epoch))]]
-    name = recipe.method["name"]
+    name = recipe.method_name
     picture = sheet(rows, column_titles=titles, title=f"{name}: views, epoch {epoch}, seed {recipe.train.seed}")
     picture.save(out)
     return out

@@ -332,10 +332,10 @@ class Trainer:
     def _announce(self) -> None:
         recipe, loader = self.recipe, self.loader
         if not self.method.TRAINS:
-            self._say(f"{recipe.method['name']} trains nothing: {recipe.backbone.name} keeps its initial weights")
+            self._say(f"{recipe.method_name} trains nothing: {recipe.backbone.name} keeps its initial weights")
             return
         self._say(
-            f"{recipe.method['name']} with {recipe.backbone.name} on {len(loader.files)} images: "
+            f"{recipe.method_name} with {recipe.backbone.name} on {len(loader.files)} images: "
             f"{recipe.train.epochs} epochs of {self.per_epoch} updates of {recipe.train.batch_size} images, "
             f"on {self.accelerator.num_processes} process(es), {self.device}, "
             f"{self._precision()}"
@@ -506,7 +506,7 @@ def run_update(
         syncs = here.is_last_micro or not hasattr(ddp, "no_sync")
         with contextlib.nullcontext() if syncs else ddp.no_sync():  # type: ignore[operator]
             with stopwatch.measure("forward"):
-                loss, metrics = ddp(batch, here)
+                loss, metrics = _checked_return(ddp(batch, here), method)
             with stopwatch.measure("backward"):
                 # DDP averages over ranks; the update is the mean over all images of the global batch.
                 share = loss * (len(batch) * dist.world_size() / num_images)
@@ -522,6 +522,31 @@ def run_update(
         if not getattr(optimizer, "step_was_skipped", False):
             method.after_update(step)
     return totals
+
+
+def _checked_return(returned: Any, method: Method) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a method's forward gave back, if it is what the trainer goes on with."""
+
+    def is_scalar(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() == 0
+
+    whole = isinstance(returned, tuple) and len(returned) == 2 and is_scalar(returned[0])
+    if not whole or not isinstance(returned[1], dict) or not all(map(is_scalar, returned[1].values())):
+        raise RunError(
+            f"{type(method).__module__}.forward gave {_shape_of(returned)}; expected a loss, 0-d, and a dictionary of "
+            "0-d tensors"
+        )
+    return returned
+
+
+def _shape_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shape_of, value))})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_shape_of(inner)}' for key, inner in value.items())}}}"
+    return type(value).__name__
 
 
 def data_info(recipe: Recipe, loader: ViewLoader) -> DataInfo:
@@ -636,6 +661,7 @@ def _claimed(folder: RunFolder, recipe: Recipe, resume: bool) -> Iterator[None]:
                     f"{folder.path} holds a run already; continue it with --resume auto, or choose another folder "
                     "with --out"
                 )
+            folder.check_method_file(recipe)
             if changed := changed_settings(folder.recipe(), recipe):
                 raise ConfigError(
                     f"{folder.path} was started with another configuration; a resumed run must be the same one. "

@@ -370,3 +370,80 @@ def test_features_come_in_file_order(data: Path, tmp_path: Path, monkeypatch: py
     with beton.open(data / "train.beton") as files:
         assert [(x.shape, x.dtype) for x in seen] == 2 * [((len(files), 64), torch.float32)]
     assert not torch.equal(seen[0], seen[1])
+
+
+METHOD_FILE = """
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+import torch
+from relssl.methods import base, simclr
+
+@dataclass
+class Note:
+    kinds: ClassVar[tuple] = ()
+
+class Config(base.MethodConfig):
+    name: str = "mine"
+    kind: Literal["a", "b"] = "a"
+
+class Method(simclr.Method):
+    Config = Config
+    def __init__(self, make_backbone, config, data):
+        super().__init__(make_backbone, simclr.SimCLRConfig(), data)
+"""
+
+
+def recipe_of_file(path: Path, data: Path, *overrides: str) -> Recipe:
+    changes = [f"method={{name: {path}}}", *overrides]
+    return recipe_of("simclr", data, *changes)
+
+
+def test_a_method_file_may_say_what_any_module_may(data: Path, tmp_path: Path) -> None:
+    """pydantic and dataclasses look up the names in annotations; the class is one, however often it is asked for."""
+    path = tmp_path / "mine.py"
+    path.write_text(METHOD_FILE)
+    assert train(recipe_of_file(path, data), tmp_path / "run") == 0
+    assert load_method(str(path)) is load_method(str(path))
+    assert recipe_of_file(path, data).method_name == "mine"
+    with pytest.raises(ConfigError, match="'c'"):
+        recipe_of_file(path, data, "method.kind=c")
+
+
+def test_a_changed_method_file_is_not_resumed(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(METHOD_FILE)
+    assert train(recipe_of_file(path, data), tmp_path / "run") == 0
+    assert (tmp_path / "run" / "method.py").read_text() == METHOD_FILE
+    path.write_text(METHOD_FILE + "# changed\n")
+    with pytest.raises(ConfigError, match=r"has changed since .* was started"):
+        train(recipe_of_file(path, data), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("    VIEWS = None", "VIEWS must say which views"),
+        ("    Config = dict", r"Config must be a class derived from .*MethodConfig"),
+        ("    NEEDS = frozenset({'onesize'})", "unknown need: 'onesize'; did you mean 'one_size'"),
+        ("    ACCUMULATION = 'maybe'", "unknown kind: 'maybe'"),
+    ],
+)
+def test_a_method_class_that_is_not_whole(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "mine.py").write_text(METHOD_FILE + line + "\n")
+    with pytest.raises(ConfigError, match=message):
+        load_method(str(tmp_path / "mine.py"))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("torch.zeros(4), {}", r"gave \(a tensor of shape \(4,\), \{\}\)"),
+        ("torch.zeros(()), {'x': 1.0}", r"gave \(a tensor of shape \(\), \{x: float\}\)"),
+        ("torch.zeros(())", r"gave a tensor of shape \(\); expected a loss, 0-d, and a dictionary"),
+    ],
+)
+def test_a_forward_that_gives_something_else(data: Path, tmp_path: Path, returned: str, message: str) -> None:
+    (tmp_path / "mine.py").write_text(METHOD_FILE + f"    def forward(self, batch, step):\n        return {returned}\n")
+    with pytest.raises(RunError, match=message):
+        train(recipe_of_file(tmp_path / "mine.py", data), tmp_path / "run")

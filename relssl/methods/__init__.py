@@ -6,6 +6,7 @@ A method is called by name (`ressl` is `relssl/methods/ressl.py`), or by the pat
 from __future__ import annotations
 
 import pkgutil
+import sys
 from importlib import import_module, util
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,9 @@ from pipelines.errors import ConfigError, InputError, unknown_name
 
 if TYPE_CHECKING:
     from relssl.methods.base import Method
+
+# Methods from files, with the time at which the file was last changed: one file is one class.
+_LOADED: dict[Path, tuple[int, type[Method]]] = {}
 
 
 def method_names() -> list[str]:
@@ -25,7 +29,7 @@ def load_method(name: str) -> type[Method]:
     """The `Method` class of a file in this folder, or of a file whose path ends in `.py`.
 
     Raises:
-        ConfigError: no such method; the message names the nearest one. Or a file without a `Method` class.
+        ConfigError: no such method; the message names the nearest one. Or a file without a whole `Method` class.
         InputError: the file does not exist.
     """
     if name.endswith(".py"):
@@ -36,19 +40,47 @@ def load_method(name: str) -> type[Method]:
 
 
 def _from_file(path: Path) -> type[Method]:
-    from relssl.methods.base import Method
-
     if not path.is_file():
-        raise InputError(f"there is no method file {path}; expected a Python file with a class Method")
-    spec = util.spec_from_file_location(f"relssl_method_{path.stem}", path)
+        raise InputError(
+            f"there is no method file {path} in {Path.cwd()}; expected a Python file with a class Method, its path "
+            "seen from the folder in which the command is started"
+        )
+    place, changed = path.resolve(), path.stat().st_mtime_ns
+    if place not in _LOADED or _LOADED[place][0] != changed:
+        _LOADED[place] = changed, _checked(_executed(place), path)
+    return _LOADED[place][1]
+
+
+def _executed(path: Path) -> object:
+    """What a file calls `Method`; None where nothing is called so."""
+    name = f"relssl_method_{path.stem}"
+    spec = util.spec_from_file_location(name, path)
     assert spec is not None  # the name ends in .py
     assert spec.loader is not None
     module = util.module_from_spec(spec)
+    sys.modules[name] = module  # pydantic and dataclasses look up the names in annotations there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[name]
         raise ConfigError(f"the method file {path} cannot be loaded: {type(error).__name__}: {error}") from error
-    found = getattr(module, "Method", None)
+    return getattr(module, "Method", None)
+
+
+def _checked(found: object, path: Path) -> type[Method]:
+    """A class that the trainer can ask what it needs to know before it builds anything."""
+    from relssl.methods.base import ACCUMULATIONS, KNOWN_NEEDS, Method, MethodConfig
+
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ConfigError(f"the method file {path} has no class Method derived from relssl.methods.base.Method")
+    config = getattr(found, "Config", None)
+    if not (isinstance(config, type) and issubclass(config, MethodConfig)):
+        raise ConfigError(f"{path}: Method.Config must be a class derived from relssl.methods.base.MethodConfig")
+    if not isinstance(getattr(found, "VIEWS", None), dict):
+        raise ConfigError(f"{path}: Method.VIEWS must say which views it takes, such as {{'view': (2, 2)}}")
+    for need in found.NEEDS:
+        if need not in KNOWN_NEEDS:
+            raise ConfigError(f"{path}: Method.NEEDS: {unknown_name('need', need, KNOWN_NEEDS)}")
+    if found.ACCUMULATION not in ACCUMULATIONS:
+        raise ConfigError(f"{path}: Method.ACCUMULATION: {unknown_name('kind', found.ACCUMULATION, ACCUMULATIONS)}")
     return found

@@ -15,6 +15,9 @@ from pipelines.errors import ConfigError
 from pipelines.views import ViewSpec, view_counts
 from relssl.dist import mix
 
+KNOWN_NEEDS = ("labels", "one_size", "full_batch", "equal_shares")
+ACCUMULATIONS = ("exact", "approximate", "refused")
+
 
 @dataclass(frozen=True)
 class DataInfo:
@@ -59,7 +62,7 @@ class Method(nn.Module):
     Attributes:
         Config: pydantic model of the `method:` section of a recipe.
         VIEWS: view name -> (least, most) number of views; most may be None.
-        NEEDS: what must hold before the first step:
+        NEEDS: what must hold before the first step, of `KNOWN_NEEDS`:
             `labels` (every image has one), `one_size` (all views of a name have one size), `full_batch` (no smaller
             last batch), `equal_shares` (as many images on every process: no smaller last batch when there are
             several).
