@@ -38,6 +38,8 @@ RECIPE = "cifar10_cpu"
 # Images that go through the encoder for each view of the plan.
 ENCODED = {"rotation": 4}
 ROOT = Path(__file__).resolve().parents[1]
+# Written anew when all methods have been run by their recipes, and by nothing less.
+JSON, PAGE = ROOT / "benchmarks/results/cifar_table.json", ROOT / "docs/cifar10.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,14 +72,15 @@ def make_table(options: argparse.Namespace) -> int:
         "benchmark": "cifar_table",
         "command": command,
         "hardware": hardware(),
-        "data": "CIFAR-10 as published" if options.images is None else f"CIFAR-10 from {options.images.name}",
+        "data": source_of(data[0]),
         "date": max(cell["date"] for cell in cells)[:10],
         "cells": cells,
     }
     print(text(result))
-    if options.json:
+    whole = options.methods is None and not options.overrides
+    if whole or options.json != JSON:
         write_atomically(options.json, json.dumps(result, indent=1) + "\n")
-    if options.markdown:
+    if whole or options.markdown != PAGE:
         write_atomically(options.markdown, page(result))
     return 0 if all(is_above(cell, cells) is not False for cell in cells) else 1
 
@@ -125,12 +128,12 @@ def fill_cell(name: str, seed: int, data: Sequence[Path], out: Path, overrides: 
 
 
 def views_seen(recipe: Recipe, method: str) -> int:
-    """Images that go through the trained encoder in an epoch; a teacher's are not counted."""
+    """Views that are made of the images in an epoch, a teacher's too; each of RotNet's is seen at four rotations."""
     with beton.open(recipe.data.train) as files:
         images = len(files)
-    plan = [spec for spec in recipe.views.specs()[0][1] if spec.name != "teacher"]
-    views = sum(spec.count for spec in plan) + (method == "ressl")  # its teacher's view is a view that was made
-    return images * views * ENCODED.get(method, 1)
+    batch = recipe.train.batch_size
+    images = images // batch * batch if recipe.train.drop_last else images
+    return images * sum(spec.count for spec in recipe.views.specs()[0][1]) * ENCODED.get(method, 1)
 
 
 def train_seconds(records: Sequence[dict[str, Any]], recipe: Recipe) -> float:
@@ -211,7 +214,7 @@ A cell that is there is not trained again; a command that was stopped goes on wh
 `{result["command"]}`, {result["hardware"]}, {result["date"]}. 50,000 images for training and probes, 10,000 for the
 accuracies, top-1 in percent; {result["data"]}. kNN: weighted, k = {result["cells"][0]["knn"]["k"]}, cosine similarity.
 linear: protocol `{probe["protocol"]}`, mean and standard deviation over {len(probe["seeds"])} seeds of the probe.
-views: images that went through the trained encoder (rotation turns each view four ways; ReSSL's teacher counts, too).
+views: views that were made of the images, ReSSL's teacher's too; rotation shows each of them at four rotations.
 training: time of the updates and of what comes before an epoch, evaluations left out. above random: linear accuracy
 less that of the untrained network of the same seed; `NO` where it is not more than two standard deviations of the
 probes.
@@ -225,6 +228,13 @@ def hardware() -> str:
     found = environment()
     devices = ", ".join(found["devices"]) or "no GPU"
     return f"{found['cores']} cores of {found['processor']}, {devices}, torch {torch.__version__}"
+
+
+def source_of(file: Path) -> str:
+    """What the data was converted from, by its manifest."""
+    with beton.open(file) as files:
+        manifest = files.files[0].manifest or {}
+    return "data: " + "/".join(Path(str(manifest.get("source", "unknown"))).parts[-2:])
 
 
 def _data(options: argparse.Namespace, split: str) -> Path:
@@ -243,8 +253,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("runs/cifar-table"), help="data, runs and cells")
     parser.add_argument("--methods", help="some of them, with commas between; all by default")
     parser.add_argument("--seeds", default="0", help="training seeds, with commas between")
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/cifar_table.json")
-    parser.add_argument("--markdown", type=Path, default=ROOT / "docs/cifar10.md")
+    parser.add_argument("--json", type=Path, default=JSON)
+    parser.add_argument("--markdown", type=Path, default=PAGE)
     parser.add_argument("overrides", nargs="*", help="key.sub=value for every recipe")
     return parser
 

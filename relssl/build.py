@@ -89,4 +89,20 @@ def check_buildable(recipe: Recipe) -> None:
     batch = recipe.train.batch_size
     data = DataInfo(many, 2, batch, recipe.train.epochs * (many // batch), many // batch)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        make_optimizer(recipe.optim, build_method(recipe, data))
+        method = build_method(recipe, data)
+        make_optimizer(recipe.optim, method)
+        _check_sizes(recipe, method)
+
+
+def _check_sizes(recipe: Recipe, method: Method) -> None:
+    """Whether the backbone takes views of the sizes that the recipe makes: on tensors without memory."""
+    sizes = {spec.size for _, plan in recipe.views.specs() for spec in plan} | {recipe.eval_spec().size}
+    for size in sorted(sizes):
+        try:
+            method.encoder.eval()(torch.empty(2, 3, size, size))
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"backbone {recipe.backbone.name} cannot take views of {size} pixels: {reason}; make them larger, or "
+                "choose another backbone"
+            ) from None

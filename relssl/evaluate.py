@@ -70,14 +70,18 @@ def open_weights(path: Path, *, random_init: bool = False) -> Weights:
             return Weights(initial_backbone(recipe), recipe, "random", 0, path)
         if folder.backbone.is_file():
             found = load_backbone(folder.backbone)
-            return Weights(found.backbone, found.recipe, "pretrained", found.epochs, path)
+            return Weights(found.backbone, found.recipe, _origin(found.epochs), found.epochs, path)
         return _from_checkpoint(folder, recipe)
     if not path.exists():
         raise InputError(f"there are no weights at {path}; expected a run folder or a backbone.safetensors")
     found = load_backbone(path)
     if random_init:
         return Weights(initial_backbone(found.recipe), found.recipe, "random", 0, path.parent)
-    return Weights(found.backbone, found.recipe, "pretrained", found.epochs, path.parent)
+    return Weights(found.backbone, found.recipe, _origin(found.epochs), found.epochs, path.parent)
+
+
+def _origin(epochs: int) -> str:
+    return "pretrained" if epochs else "random"  # a method that trains nothing
 
 
 def initial_backbone(recipe: Recipe) -> nn.Module:

@@ -15,6 +15,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
@@ -51,6 +52,11 @@ EXIT_REQUEUE = 75
 _AGREE_EVERY = 5  # updates between agreements of several ranks to stop: launchers wait 30 s before they kill
 _ESTIMATE_UPDATES = 3  # the first warms up, the others are timed
 _ESTIMATE_FROM = 50  # shorter runs are over before an estimate would pay
+_PATIENCE = timedelta(hours=2)  # of processes that wait for each other: the main one may be clustering
+_UNREADABLE = 0.01  # share of the images, as the loader allows in training
+_WORTH_A_LINE = 2.0  # seconds of preparing an epoch
+# Names of a record in metrics.jsonl that are the trainer's own.
+_RESERVED = frozenset({"kind", "update", "epoch", "loss", "lr", "images_per_second", "seconds", "unreadable_images"})
 _COLLAPSED = 1e-5  # spread of equal rows; untrained networks have 0.01 and more
 
 
@@ -67,13 +73,14 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, command: str = "re
 
     Raises:
         ConfigError, InputError: before the first update.
-        RunError: a loss that is not finite, or collapsed features; the last checkpoint is from before.
+        RunError: a loss or another measure that is not finite, or collapsed features; the last checkpoint is from
+            before.
     """
     AcceleratorState._reset_state()  # it would hold a second run in this process to the first one's precision
     if recipe.train.tensorboard and find_spec("tensorboard") is None:
         raise MissingExtraError("train.tensorboard needs TensorBoard: install the extra `track`, or set it to false")
     # Accelerate reads this variable only in Accelerator itself, and the first state made decides on the processes.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
     accelerator = Accelerator(
         mixed_precision=mixed_precision(recipe.train.precision, state.device),
         log_with="tensorboard" if recipe.train.tensorboard else None,
@@ -149,7 +156,7 @@ class Trainer:
         while self.position.epoch < self.recipe.train.epochs:
             epoch = self.position.epoch
             if self.position.update == 0:
-                self.method.before_epoch(self._step(), self._encode_train)
+                self._before_epoch()
             for metrics in self._updates():
                 if self._is_report():
                     self._report(metrics)
@@ -159,6 +166,15 @@ class Trainer:
             self._end_epoch(epoch)
         self._finish()
         return 0
+
+    def _before_epoch(self) -> None:
+        start = perf_counter()
+        try:
+            self.method.before_epoch(self._step(), self._encode_train)
+        except RunError as error:
+            self._give_up(str(error))
+        if (taken := perf_counter() - start) > _WORTH_A_LINE:
+            self._say(f"epoch {self.position.epoch}: prepared in {duration(taken)}")
 
     def _updates(self) -> Iterator[dict[str, Tensor]]:
         """Run the rest of the epoch, one update at a time; `position` has moved when the metrics come out."""
@@ -323,6 +339,7 @@ class Trainer:
                 engine=self.recipe.data.engine,
                 resize=self.recipe.data.resize,
                 workers=self.recipe.data.workers,
+                max_unreadable=_UNREADABLE,
             )
         ) as loader:
             return encode(self.method.encoder, loader)[0].float()
@@ -412,7 +429,7 @@ class Trainer:
         """Metrics as numbers, averaged over ranks.
 
         Raises:
-            RunError: the loss is not finite, or features have collapsed to one point.
+            RunError: one is not finite, or features have collapsed to one point.
         """
         stacked = torch.stack([value.detach() for value in metrics.values()])
         stacked = dist.all_reduce_sum(stacked) / dist.world_size()
@@ -525,18 +542,23 @@ def run_update(
 
 
 def _checked_return(returned: Any, method: Method) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a method's forward gave back, if it is what the trainer goes on with."""
+    """What a method's forward gave back, if it is what the trainer goes on with; metrics without gradient."""
 
     def is_scalar(value: Any) -> bool:
         return isinstance(value, Tensor) and value.dim() == 0
 
+    name = type(method).__module__
     whole = isinstance(returned, tuple) and len(returned) == 2 and is_scalar(returned[0])
     if not whole or not isinstance(returned[1], dict) or not all(map(is_scalar, returned[1].values())):
         raise RunError(
-            f"{type(method).__module__}.forward gave {_shape_of(returned)}; expected a loss, 0-d, and a dictionary of "
-            "0-d tensors"
+            f"{name}.forward gave {_shape_of(returned)}; expected a loss, 0-d, and a dictionary of 0-d tensors"
         )
-    return returned
+    loss, metrics = returned
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise RunError(f"{name}.forward gave a loss without gradient; expected one that depends on the parameters")
+    if taken := sorted(_RESERVED & metrics.keys()):
+        raise RunError(f"{name}.forward gave a metric called {taken[0]!r}, a name of the trainer's own; choose another")
+    return loss, {key: value.detach() for key, value in metrics.items()}
 
 
 def _shape_of(value: Any) -> str:
@@ -655,7 +677,8 @@ def _claimed(folder: RunFolder, recipe: Recipe, resume: bool) -> Iterator[None]:
     except Timeout:
         raise ConfigError(f"another process is training into {folder.path}; choose another folder with --out") from None
     try:
-        if folder.metrics.is_file() or checkpoint.list_checkpoints(folder.checkpoints):
+        holds_a_run = folder.metrics.is_file() or folder.backbone.is_file()
+        if holds_a_run or checkpoint.list_checkpoints(folder.checkpoints):
             if not resume:
                 raise ConfigError(
                     f"{folder.path} holds a run already; continue it with --resume auto, or choose another folder "

@@ -27,6 +27,8 @@ from relssl.methods import load_method, method_names
 from relssl.methods.base import Method, Step
 from relssl.runfolder import RunFolder
 from relssl.train import data_info, run_update, train
+from tests.pipelines.test_crop import smooth_images
+from tests.pipelines.test_loader import damage, jpeg
 from tests.relssl import tiny
 from tests.relssl.dist_helpers import run_ranks
 from tests.relssl.test_train import assert_equal_states, final_state
@@ -168,7 +170,6 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
         (path / "COMPLETE").unlink()
     calls: list[int] = []
     cls = method_class(name)
-    monkeypatch.setattr("relssl.build.load_method", lambda _: cls)  # a file would be loaded anew, as another class
     original = cls.before_epoch
     monkeypatch.setattr(cls, "before_epoch", lambda self, step, encode: (calls.append(1), original(self, step, encode)))
     train(recipe_of(name, data, *options), tmp_path / "cut", resume=True)
@@ -310,9 +311,13 @@ def test_random_weights_are_saved_as_they_are(data: Path, tmp_path: Path) -> Non
     assert train(recipe_of("random", data, "eval.online={every_epochs: 1}"), tmp_path / "run") == 0
     folder = RunFolder(tmp_path / "run")
     kept, fresh = open_weights(tmp_path / "run"), open_weights(tmp_path / "run", random_init=True)
-    assert kept.epochs == 0
+    assert (kept.epochs, kept.origin) == (0, "random")
     assert_equal_states(kept.backbone.state_dict(), fresh.backbone.state_dict())
     assert [record["kind"] for record in folder.read_metrics()] == ["eval"]
+    quiet = recipe_of("random", data)  # no evaluation, no metrics: the folder is taken all the same
+    assert train(quiet, tmp_path / "quiet") == 0
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(quiet, tmp_path / "quiet")
     assert "trains nothing" in folder.log.read_text()
 
 
@@ -337,6 +342,40 @@ def test_collapsed_features_stop_a_run(data: Path, tmp_path: Path, monkeypatch: 
     # Not seen by a report either: the next checkpoint is not written.
     with pytest.raises(RunError, match=r"at update 6\. The last good checkpoint is .*000003"):
         train(recipe_of("simclr", data, "train.log_every=100"), tmp_path / "quiet")
+
+
+def test_weights_that_blow_up_collapse_the_features(data: Path, tmp_path: Path) -> None:
+    """A real one: after a step of a million the same few units answer to every image."""
+    with pytest.raises(RunError, match=r"(collapsed|is nan|is inf|not finite).*last good checkpoint"):
+        train(recipe_of("supervised", data, "optim.lr=1e12"), tmp_path / "run")
+
+
+def test_features_that_cannot_be_clustered_name_step_and_checkpoint(data: Path, tmp_path: Path) -> None:
+    cls = load_method("deepcluster")
+
+    def break_encoder(self: Any, step: Step) -> None:
+        if step.update == 2:  # of three in an epoch; the checkpoint of update 1 is whole
+            self.encoder.layer1.bn.weight.data.fill_(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cls, "after_update", break_encoder)
+        with pytest.raises(
+            RunError, match=r"the features collapsed.*at update 3\. The last good checkpoint is .*000003"
+        ):
+            train(recipe_of("deepcluster", data), tmp_path / "run")
+
+
+def test_an_unreadable_image_does_not_end_a_run_that_clusters(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "jpegs.beton"
+    beton.write(path, ((jpeg(image), i % 2) for i, image in enumerate(smooth_images(48, 32, 32))), classes=tiny.CLASSES)
+    damage(path, [0])
+    recipe = recipe_of("deepcluster", data, f"data.train={path}")
+    assert train(recipe, tmp_path / "run") == 0
+
+
+def test_views_that_are_too_small_for_the_backbone(data: Path) -> None:
+    with pytest.raises(ConfigError, match="backbone conv4 cannot take views of 4 pixels"):
+        recipe_of("rotation", data, "views.plan=[{name: view, size: 4, box: whole}]")
 
 
 def test_one_image_per_process_is_refused(data: Path, tmp_path: Path) -> None:
@@ -423,8 +462,11 @@ def test_a_changed_method_file_is_not_resumed(data: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("    VIEWS = None", "VIEWS must say which views"),
+        ("    VIEWS = None", "VIEWS says which views"),
         ("    Config = dict", r"Config must be a class derived from .*MethodConfig"),
+        ("    VIEWS = {'view': 2}", "VIEWS says which views"),
+        ("    NEEDS = 'labels'", "NEEDS is a set, such as"),
+        ("    forward = base.Method.forward", "Method has no forward"),
         ("    NEEDS = frozenset({'onesize'})", "unknown need: 'onesize'; did you mean 'one_size'"),
         ("    ACCUMULATION = 'maybe'", "unknown kind: 'maybe'"),
     ],
@@ -440,6 +482,8 @@ def test_a_method_class_that_is_not_whole(tmp_path: Path, line: str, message: st
     [
         ("torch.zeros(4), {}", r"gave \(a tensor of shape \(4,\), \{\}\)"),
         ("torch.zeros(()), {'x': 1.0}", r"gave \(a tensor of shape \(\), \{x: float\}\)"),
+        ("torch.zeros(()), {}", "gave a loss without gradient"),
+        ("self.head.linear1.bias.sum(), {'lr': torch.zeros(())}", "a metric called 'lr', a name of the trainer's own"),
         ("torch.zeros(())", r"gave a tensor of shape \(\); expected a loss, 0-d, and a dictionary"),
     ],
 )

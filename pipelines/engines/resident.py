@@ -91,7 +91,7 @@ class _Decoded:
     unreadable: dict[int, InputError]
 
 
-# Engines over one open data set share its images: features for an evaluation need no second copy. Gone with the last.
+# Engines over one open data set share its images: DeepCluster's features need no second copy. Gone with the last one.
 _IN_USE: weakref.WeakValueDictionary[tuple[int, str], _Decoded] = weakref.WeakValueDictionary()
 
 

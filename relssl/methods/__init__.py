@@ -35,7 +35,7 @@ def load_method(name: str) -> type[Method]:
     if name.endswith(".py"):
         return _from_file(Path(name))
     if name not in method_names():
-        raise ConfigError(f"{unknown_name('method', name, method_names())}; a file of your own is given as ./name.py")
+        raise ConfigError(f"{unknown_name('method', name, method_names())} A file of your own is given as ./name.py.")
     return import_module(f"relssl.methods.{name}").Method
 
 
@@ -76,11 +76,30 @@ def _checked(found: object, path: Path) -> type[Method]:
     config = getattr(found, "Config", None)
     if not (isinstance(config, type) and issubclass(config, MethodConfig)):
         raise ConfigError(f"{path}: Method.Config must be a class derived from relssl.methods.base.MethodConfig")
-    if not isinstance(getattr(found, "VIEWS", None), dict):
-        raise ConfigError(f"{path}: Method.VIEWS must say which views it takes, such as {{'view': (2, 2)}}")
+    if not _are_views(getattr(found, "VIEWS", None)):
+        raise ConfigError(
+            f"{path}: Method.VIEWS says which views it takes and how many, at least and at most, such as "
+            "{'view': (2, 2)} or {'view': (2, None)}"
+        )
+    if found.TRAINS and found.forward is Method.forward:
+        raise ConfigError(f"{path}: Method has no forward; one that trains nothing says TRAINS = False")
+    if not isinstance(found.NEEDS, (set, frozenset)):
+        raise ConfigError(f"{path}: Method.NEEDS is a set, such as frozenset({{'labels'}}); got {found.NEEDS!r}")
     for need in found.NEEDS:
         if need not in KNOWN_NEEDS:
             raise ConfigError(f"{path}: Method.NEEDS: {unknown_name('need', need, KNOWN_NEEDS)}")
     if found.ACCUMULATION not in ACCUMULATIONS:
         raise ConfigError(f"{path}: Method.ACCUMULATION: {unknown_name('kind', found.ACCUMULATION, ACCUMULATIONS)}")
     return found
+
+
+def _are_views(views: object) -> bool:
+    def is_span(span: object) -> bool:
+        return (
+            isinstance(span, tuple)
+            and len(span) == 2
+            and isinstance(span[0], int)
+            and (span[1] is None or isinstance(span[1], int))
+        )
+
+    return isinstance(views, dict) and all(isinstance(name, str) and is_span(span) for name, span in views.items())

@@ -31,6 +31,8 @@ from relssl.nets import NormMLPHead
 from relssl.ops.rows import at_least_float32, spread
 
 CLUSTERS_PER_CLASS = 10
+_COLLAPSED = 1e-5  # spread of equal features
+_UNREADABLE = 0.05  # share of the images; the loader stops long before
 _MANY_FEATURES = 512  # from here on, PCA keeps half of the directions
 
 
@@ -63,8 +65,10 @@ class Method(base.Method):
         labels = torch.zeros_like(self.assignments)
         if dist.rank() == 0:
             seed = int(torch.randint(2**31, (), generator=step.generator("k-means")))
-            points = whiten(features.cpu().numpy())
-            labels = torch.from_numpy(cluster(points, self.num_clusters, self.config, seed)).to(labels)
+            readable = _readable(features.cpu())  # other images belong to cluster 0, and are never shown
+            points = whiten(features.cpu()[readable].numpy())
+            found = torch.from_numpy(cluster(points, self.num_clusters, self.config, seed))
+            labels[readable.to(labels.device)] = found.to(labels)
         self.assignments.copy_(dist.broadcast(labels))
         self.class_weight.copy_(weight_of_classes(self.assignments, self.num_clusters))
         with torch.no_grad():
@@ -95,19 +99,27 @@ def whiten(features: np.ndarray) -> np.ndarray:
         (n, D') float32; signs of the directions are arbitrary.
 
     Raises:
-        RunError: features that are not finite, or all equal.
+        RunError: features that are not finite, or have collapsed.
     """
     from sklearn.decomposition import PCA
 
-    width = features.shape[1]
     if not np.isfinite(features).all():
-        raise RunError("deepcluster cannot cluster: the features of the data set are not finite; lower optim.lr")
-    if not (features != features[0]).any():
-        raise RunError("deepcluster cannot cluster: all images have the same features (collapsed); lower optim.lr")
+        raise RunError("the features of the data set are not finite, and cannot be clustered,")
+    if float(spread(torch.from_numpy(features))) < _COLLAPSED:
+        raise RunError(
+            "the features collapsed: all images of the data set have the same ones, and cannot be clustered,"
+        )
+    width = features.shape[1]
     kept = min(width if width < _MANY_FEATURES else width // 2, len(features))
     white = PCA(kept, whiten=True, svd_solver="full").fit_transform(features)
     length = np.linalg.norm(white, axis=1, keepdims=True)
     return white / np.where(length > 0, length, 1)
+
+
+def _readable(features: Tensor) -> Tensor:
+    """(n,) whether an image has features: few may be unreadable, and where all are NaN it is not the images."""
+    absent = features.isnan().all(dim=1)
+    return torch.ones_like(absent) if absent.float().mean() > _UNREADABLE else ~absent
 
 
 def cluster(points: np.ndarray, num_clusters: int, config: DeepClusterConfig, seed: int) -> np.ndarray:

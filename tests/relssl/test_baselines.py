@@ -230,11 +230,20 @@ def test_more_clusters_than_images_are_refused() -> None:
         clustering(num_clusters=121)
 
 
-@pytest.mark.parametrize(("broken", "message"), [(float("nan"), "not finite"), (1.0, "same features")])
+@pytest.mark.parametrize(("broken", "message"), [(float("nan"), "not finite"), (1.0, "the features collapsed")])
 def test_features_that_cannot_be_clustered(broken: float, message: str) -> None:
     method = clustering(num_clusters=4)
     with pytest.raises(RunError, match=message):
         method.before_epoch(STEP, lambda: torch.full((120, 64), broken))
+
+
+def test_an_unreadable_image_does_not_end_the_clustering() -> None:
+    method = clustering(num_clusters=6)
+    torn = features().clone()
+    torn[7] = float("nan")
+    method.before_epoch(STEP, lambda: torn)
+    assert method.assignments[7] == 0
+    assert method.assignments.unique().tolist() == list(range(6))
 
 
 def test_wide_features_lose_half_of_their_directions() -> None:
