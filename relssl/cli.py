@@ -30,14 +30,14 @@ app = typer.Typer(
 )
 eval_app = typer.Typer(help="Evaluate a backbone: knn, linear.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
-bench_app = typer.Typer(help="Measure and prove: views, parity.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure and prove: views, losses, parity.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 # Verbs and evaluators of later versions: refused by name, so that nobody looks for a spelling mistake.
 PLANNED = ("import", "export", "compare", "ls", "saliency")
 PLANNED_PARTS = {
     "eval": (("finetune", "retrieval", "probe"), "knn, linear"),
-    "bench": (("losses", "step", "budget"), "parity, views"),
+    "bench": (("step", "budget"), "losses, parity, views"),
 }
 
 # Click's base of usage errors. Typer carries click inside itself in some versions and depends on it in others.
@@ -341,8 +341,9 @@ def bench_views(
 ) -> None:
     """Images per second, beside PIL, torchvision v2, stock FFCV and kornia in the same run."""
     set_up_log()
+    from relssl.bench.record import check_outputs
     from relssl.bench.table import text
-    from relssl.bench.views import Settings, check_outputs, write_outputs
+    from relssl.bench.views import Settings, write_outputs
     from relssl.bench.views import bench_views as measure_views
 
     check_outputs(json_file, plot)
@@ -362,6 +363,47 @@ def bench_views(
         step=step,
     )
     result = measure_views(settings, command=command_line())
+    typer.echo(text(result))
+    for path in write_outputs(result, json_file, plot):
+        typer.echo(f"written: {path}")
+
+
+@bench_app.command("losses")
+def bench_losses(
+    case: Annotated[
+        list[str] | None, typer.Option(help="relation-cat, nt-xent, ressl-5crop, ...; repeatable, all by default")
+    ] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="NAME=NUMBER instead of a published size, such as queue=4096; repeatable")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="of features, rows and queue: fp32, bf16, fp16, fp64")] = "fp32",
+    device: Device = "auto",
+    threads: Annotated[int | None, typer.Option(help="of torch; as many as it takes by itself by default")] = None,
+    rounds: Annotated[int, typer.Option(help="in each every form takes its turn")] = 7,
+    seconds: Annotated[float, typer.Option(help="how long a turn should be, one call at least")] = 0.5,
+    step: Annotated[bool, typer.Option(help="time the published backbone beside each loss")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write every number here")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw a chart here: .svg, .png or .pdf")] = None,
+) -> None:
+    """Time and memory of the losses, beside the textbook's form in the same run; exits 1 when they differ."""
+    set_up_log()
+    from relssl.bench.loss_table import text
+    from relssl.bench.losses import Settings, size_settings, write_outputs
+    from relssl.bench.losses import bench_losses as measure_losses
+    from relssl.bench.record import check_outputs
+
+    check_outputs(json_file, plot)
+    settings = Settings(
+        cases=case,
+        sizes=size_settings(size or ()),
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        rounds=rounds,
+        seconds=seconds,
+        step=step,
+    )
+    result = measure_losses(settings, command=command_line())
     typer.echo(text(result))
     for path in write_outputs(result, json_file, plot):
         typer.echo(f"written: {path}")

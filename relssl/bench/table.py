@@ -45,20 +45,20 @@ def _table(measurement: Mapping[str, Any]) -> Iterator[str]:
     for entry in measurement["peers"]:
         against = [_ratio(measurement, engine, entry["title"]) for engine in engines]
         numbers = [
-            _range(entry["images_per_second"], 0),
+            ranged(entry["images_per_second"], 0),
             f"{entry['views_per_second']['median']:.0f}",
             f"{entry['images_per_second_per_core']['median']:.0f}",
             f"{entry['images']} images",
         ]
         rows.append([entry["title"], *numbers, *against])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _ratio(measurement: Mapping[str, Any], engine: str, peer: str) -> str:
     for entry in measurement["ratios"]:
         if (entry["ours"], entry["peer"]) == (engine, peer):
             goal = "" if entry["target"] is None else f", at least {entry['target']:g} wanted"
-            return f"{_range(entry['ratio'], 2)} times{goal}"
+            return f"{ranged(entry['ratio'], 2)} times{goal}"
     return ""
 
 
@@ -67,21 +67,22 @@ def _step(step: Mapping[str, Any]) -> Iterator[str]:
         f"training step: {step['method']} {step['backbone']}, {step['batch_size']} images, "
         f"precision {step['precision']}, engine {step['engine']}"
     )
-    yield from _aligned(
+    yield from aligned(
         [
-            ["fed by the loader", f"{_range(step['fed'], 1)} images/s"],
-            ["views at rest", f"{_range(step['resident'], 1)} images/s"],
-            ["ratio", _range(step["ratio"], 3)],
-            ["host waits for views", f"{_range(step['waiting'], 3)} of the step"],
+            ["fed by the loader", f"{ranged(step['fed'], 1)} images/s"],
+            ["views at rest", f"{ranged(step['resident'], 1)} images/s"],
+            ["ratio", ranged(step["ratio"], 3)],
+            ["host waits for views", f"{ranged(step['waiting'], 3)} of the step"],
         ]
     )
 
 
-def _range(values: Mapping[str, Any], digits: int) -> str:
+def ranged(values: Mapping[str, Any], digits: int) -> str:
+    """Median and range of a `race.spread`."""
     return f"{values['median']:.{digits}f} ({values['min']:.{digits}f} to {values['max']:.{digits}f})"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Columns as wide as they need to be; names to the left, numbers to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:

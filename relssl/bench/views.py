@@ -6,12 +6,10 @@ device. Peers are bound to the same cores, read the same images, and take turns 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +17,21 @@ import torch
 
 from pipelines import beton
 from pipelines.errors import ConfigError, RelsslError, unknown_name
+from relssl.bench import record
 from relssl.bench.cases import MEASURES, Case, crops_only, find_cases, num_views
 from relssl.bench.cores import bound_to, torch_threads
 from relssl.bench.images import LEAST_IMAGES, describe, prepare
 from relssl.bench.peers import PEERS, Job, check_peer_name, start_peer
 from relssl.bench.peers.ours import start_ours
-from relssl.bench.plot import check_plot_path, plot
+from relssl.bench.plot import plot
 from relssl.bench.race import Entrant, Say, race, ratios, scaled, spread
-from relssl.runfolder import environment, write_atomically
+from relssl.bench.record import chosen_device, plain, versions
+from relssl.runfolder import environment
 
 log = logging.getLogger("relssl.bench")
 
 FORMAT = 1
-_VERSIONS = ("torch", "torchvision", "pillow", "numba", "numpy", "ffcv", "kornia", "nvidia-dali-cuda120")
+_PACKAGES = ("torch", "torchvision", "pillow", "numba", "numpy", "ffcv", "kornia", "nvidia-dali-cuda120")
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def bench_views(settings: Settings, *, command: str = "relssl bench views", say:
             "command": command,
             "date": environment()["started"][:10],
             "environment": environment(),
-            "versions": _versions(),
-            "settings": {**_plain(settings), "cores": cores, "device": str(device)},
+            "versions": versions(_PACKAGES),
+            "settings": {**plain(settings), "cores": cores, "device": str(device)},
             "data": describe(ours, list(settings.data)),
             "baseline": describe(baseline, list(settings.baseline or settings.data)),
             "measurements": measurements,
@@ -129,45 +129,9 @@ def check(settings: Settings) -> None:
         raise ConfigError("--engine needs at least one engine, or auto")
 
 
-def chosen_device(name: str) -> torch.device:
-    """The device of a name; `auto` is CUDA where there is one.
-
-    Raises:
-        ConfigError: no such device, or it is not here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"--device is auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA device here; `relssl doctor` says more")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    return device
-
-
-def check_outputs(json_file: Path | None, plot_file: Path | None) -> None:
-    """Refuse places and formats that cannot be written, before minutes are spent.
-
-    Raises:
-        ConfigError: a folder that is not there, or a picture format that is not known.
-    """
-    for path in (json_file, plot_file):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"{path}: the folder {path.absolute().parent} does not exist; make it first")
-    if plot_file is not None:
-        check_plot_path(plot_file)
-
-
 def write_outputs(result: Mapping[str, Any], json_file: Path | None, plot_file: Path | None) -> list[Path]:
     """Write what was asked for; the files that were written."""
-    if json_file is not None:
-        write_atomically(json_file, json.dumps(result, indent=1) + "\n")
-    if plot_file is not None:
-        plot(result, plot_file)
-    return [path for path in (json_file, plot_file) if path is not None]
+    return record.write_outputs(result, json_file, plot_file, plot)
 
 
 class _Bench:
@@ -256,7 +220,7 @@ class _Bench:
             "measure": job.measure,
             "storage": storage,
             "views_per_image": views,
-            "plan": [_plain(spec) for spec in job.plan],
+            "plan": [plain(spec) for spec in job.plan],
             "peers": [_rates(entrant, views, self.cores) for entrant in finished],
             "ratios": [
                 {
@@ -300,26 +264,3 @@ def _recipe(name: str) -> Any:
     from relssl.recipes import recipe_path
 
     return load_recipe(name if Path(name).is_file() else recipe_path(name))
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _VERSIONS:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _plain(values: Any) -> Any:
-    """A dataclass as JSON would have it."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: plain(inner) for key, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(inner) for inner in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return plain(asdict(values))

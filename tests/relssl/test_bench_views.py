@@ -21,7 +21,7 @@ from pipelines.errors import ConfigError, InputError, RunError
 from pipelines.subset import Subset
 from pipelines.views import ViewSpec, expand
 from relssl import config
-from relssl.bench import cases, cores, images, peers, race, step, views
+from relssl.bench import cases, cores, images, peers, race, record, step, views
 from relssl.bench.peers import Job, PeerBase, pil, start_peer, torchvision_v2
 from relssl.bench.peers.ours import run_ahead, start_ours
 from relssl.bench.table import text
@@ -462,12 +462,12 @@ def test_a_run_gives_table_json_and_picture(folder: Path, tmp_path: Path) -> Non
 
 
 def test_outputs_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
-    views.check_outputs(tmp_path / "bench.json", tmp_path / "bench.svg")
-    views.check_outputs(None, None)
+    record.check_outputs(tmp_path / "bench.json", tmp_path / "bench.svg")
+    record.check_outputs(None, None)
     with pytest.raises(ConfigError, match=r"'bench\.txt'"):
-        views.check_outputs(None, tmp_path / "bench.txt")
+        record.check_outputs(None, tmp_path / "bench.txt")
     with pytest.raises(ConfigError, match="none does not exist"):
-        views.check_outputs(tmp_path / "none" / "bench.json", None)
+        record.check_outputs(tmp_path / "none" / "bench.json", None)
 
 
 @pytest.mark.parametrize(("storage", "target"), [("jpeg", 4.0), ("raw", 10.0)])
