@@ -50,7 +50,7 @@ ALLOWED = {
     "relssl.nets": ["relssl.nets", "relssl.ops", "relssl.dist", "pipelines.errors"],
     "relssl.losses": ["relssl.losses", "relssl.ops", "relssl.dist", "pipelines.errors"],
     "relssl.methods": [
-        "relssl.methods", "relssl.losses", "relssl.nets", "relssl.ops", "relssl.dist",
+        "relssl.methods", "relssl.losses", "relssl.nets", "relssl.ops", "relssl.optim", "relssl.dist",
         "pipelines.errors", "pipelines.batch", "pipelines.views",
     ],
     "relssl.evaluators": ["relssl.evaluators", "relssl.ops", "relssl.dist", "pipelines.errors"],

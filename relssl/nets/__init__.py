@@ -21,7 +21,7 @@ from pipelines.errors import ConfigError, unknown_name
 from relssl.nets.cifar_resnet import resnet8, resnet32, resnet56
 from relssl.nets.conv4 import Conv4
 from relssl.nets.ema import ema_update, make_teacher
-from relssl.nets.heads import MLPHead, NormMLPHead, RelationHead
+from relssl.nets.heads import DeepMLPHead, MLPHead, NormMLPHead, RelationHead
 from relssl.nets.norm import BatchNorm1d, BatchNorm2d, NormKind, parse_norm, set_norm
 from relssl.nets.queue import KeyQueue
 from relssl.nets.resnet import (
@@ -43,6 +43,7 @@ __all__ = [
     "BACKBONES",
     "BatchNorm1d",
     "BatchNorm2d",
+    "DeepMLPHead",
     "KeyQueue",
     "MLPHead",
     "NormKind",

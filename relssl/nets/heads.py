@@ -52,6 +52,29 @@ class NormMLPHead(nn.Module):
         return self.linear2(F.leaky_relu(self.bn1(self.linear1(x)), self.negative_slope))
 
 
+class DeepMLPHead(nn.Module):
+    """WCL's projection: Linear, BatchNorm, ReLU twice, then Linear, with biases and PyTorch's initialisation.
+
+    The caller L2-normalises the output. Parameters are named `linear1.*`, `bn1.*`, `linear2.*`, `bn2.*`, `linear3.*`, as
+    in the released checkpoints.
+
+    Shape:
+        (B, in_dim) -> (B, out_dim)
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(in_dim, hidden_dim)
+        self.bn1 = BatchNorm1d(hidden_dim)
+        self.linear2 = nn.Linear(hidden_dim, hidden_dim)
+        self.bn2 = BatchNorm1d(hidden_dim)
+        self.linear3 = nn.Linear(hidden_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.linear1(x)), inplace=True)
+        return self.linear3(F.relu(self.bn2(self.linear2(x)), inplace=True))
+
+
 class RelationHead(nn.Module):
     """Do two feature vectors belong to one image?  (Patacchiola & Storkey, NeurIPS 2020.)
 
