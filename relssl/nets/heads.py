@@ -55,8 +55,8 @@ class NormMLPHead(nn.Module):
 class DeepMLPHead(nn.Module):
     """WCL's projection: Linear, BatchNorm, ReLU twice, then Linear, with biases and PyTorch's initialisation.
 
-    The caller L2-normalises the output. Parameters are named `linear1.*`, `bn1.*`, `linear2.*`, `bn2.*`, `linear3.*`, as
-    in the released checkpoints.
+    The caller L2-normalises the output. Parameters are named `linear1.*`, `bn1.*`, `linear2.*`, `bn2.*`, `linear3.*`,
+    as in the released checkpoints.
 
     Shape:
         (B, in_dim) -> (B, out_dim)
