@@ -24,18 +24,7 @@ from relssl.nets.ema import ema_update, make_teacher
 from relssl.nets.heads import DeepMLPHead, MLPHead, NormMLPHead, RelationHead
 from relssl.nets.norm import BatchNorm1d, BatchNorm2d, NormKind, parse_norm, set_norm
 from relssl.nets.queue import KeyQueue
-from relssl.nets.resnet import (
-    resnet18,
-    resnet34,
-    resnet50,
-    resnet101,
-    resnet152,
-    resnext50_32x4d,
-    resnext101_32x8d,
-    resnext101_64x4d,
-    wide_resnet50_2,
-    wide_resnet101_2,
-)
+from relssl.nets.resnet import RESNETS
 from relssl.nets.timm_backbone import PREFIX as TIMM
 from relssl.nets.timm_backbone import TimmBackbone
 
@@ -61,16 +50,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnet8": resnet8,
     "resnet32": resnet32,
     "resnet56": resnet56,
-    "resnet18": resnet18,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
-    "resnet101": resnet101,
-    "resnet152": resnet152,
-    "resnext50_32x4d": resnext50_32x4d,
-    "resnext101_32x8d": resnext101_32x8d,
-    "resnext101_64x4d": resnext101_64x4d,
-    "wide_resnet50_2": wide_resnet50_2,
-    "wide_resnet101_2": wide_resnet101_2,
+    **RESNETS,
 }
 
 
@@ -80,7 +60,8 @@ def build_backbone(name: str, **options: Any) -> nn.Module:
     Args:
         name: one of `BACKBONES`, or `timm:<name>` for any architecture of timm (extra `export`).
         options: conv4 and the three-stage ResNets (8, 32, 56) take `width`, the other ResNets `stem` ("imagenet",
-            "cifar" or "small") and `width`; those of a timm model go to `timm.create_model`.
+            "cifar", "small" or "cifar_padded"), `width` and `zero_init_residual`, ReLICv2's (`relicv2_resnet50`, ...)
+            `width`; those of a timm model go to `timm.create_model`.
 
     Raises:
         ConfigError: an unknown name or option (the known ones are listed), or a value that the backbone refuses.

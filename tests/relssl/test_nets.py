@@ -238,7 +238,7 @@ def test_unknown_names_and_options_list_the_known_ones():
         build_backbone("resnet18", stemm="cifar")
     with pytest.raises(ConfigError, match=r"unknown option of backbone 'conv4': 'stem'\. Known: width\."):
         build_backbone("conv4", stem="cifar")
-    with pytest.raises(ConfigError, match=r"Unknown stem 'cifar10'\. Known: imagenet, cifar, small\."):
+    with pytest.raises(ConfigError, match=r"Unknown stem 'cifar10'\. Known: imagenet, cifar, small, cifar_padded\."):
         build_backbone("resnet18", stem="cifar10")
     for width in (0, -1, 0.3, "2", True, None):
         with pytest.raises(ConfigError, match="whole number"):
