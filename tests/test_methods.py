@@ -23,8 +23,10 @@ from relssl import cli
 from relssl.build import build_method, make_optimizer, make_schedule
 from relssl.config import Recipe
 from relssl.evaluate import initial_backbone, open_weights
-from relssl.methods import load_method, method_names
+from relssl.losses import component_contrastive, connected_components, nearest_neighbours, nt_xent
+from relssl.methods import base, load_method, method_names
 from relssl.methods.base import Method, Step
+from relssl.ops.rows import unit_rows
 from relssl.runfolder import RunFolder
 from relssl.train import data_info, run_update, train
 from tests.pipelines.test_crop import smooth_images
@@ -37,25 +39,25 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = method_names()
 TRAINED = [name for name in NAMES if load_method(name).TRAINS]
 BATCH = 16
-# Methods whose loss for half of a batch says nothing about the other half: pairs and shifts stay within a process.
-LOCAL = {"relational", "deepinfomax"}
 SMALL = {"ressl": ["method.queue_size=48"], "deepcluster": ["method.num_clusters=4"]}
 # What an argument of a test runs over, where no recipe is given: names of methods, each standing for its recipe.
 GROUPS = {
     "name": TRAINED,
     "any_name": NAMES,
-    "joint_name": [name for name in TRAINED if name not in LOCAL],
-    "local_name": sorted(LOCAL),
+    **{f"{kind}_name": [n for n in TRAINED if kind == load_method(n).PROCESSES] for kind in base.PROCESS_KINDS},
 }
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each method of a group. With `--recipe` there is that recipe alone, taken for a joint one."""
+    """One test for each method of a group. With `--recipe` there is that recipe alone, in the groups of its method."""
     recipe = metafunc.config.getoption("recipe")
     for argument, names in GROUPS.items():
         if argument in metafunc.fixturenames:
-            given = [] if argument == "local_name" else [recipe]
-            metafunc.parametrize(argument, names if recipe is None else given)
+            metafunc.parametrize(argument, names if recipe is None else [recipe] * _belongs(argument, recipe))
+
+
+def _belongs(argument: str, recipe: str) -> bool:
+    return argument in ("name", "any_name", f"{method_class(recipe).PROCESSES}_name")
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +298,48 @@ def _refusal(rank: int, name: str, folder: str) -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def _first_loss(rank: int, name: str, folder: str, world: int) -> dict[str, Tensor]:
+    """Every gradient of the first update's loss, and the batch's places."""
+    rig = Rig(recipe_of(name, Path(folder), "train.precision=fp64", "backbone.norm=sync"), torch.float64, rank, world)
+    batch = next(rig.begin_epoch())
+    loss, _ = rig.method(batch, Step(0, 0))
+    loss.backward()
+    return {"loss": loss.detach(), **{key: p.grad for key, p in rig.method.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_others_constant(constants_name: str, data: Path) -> None:
+    """The sum over both processes of gradients of their own rows, in one process: the rows of the other half are cut
+    off from the graph where a process would have gathered them."""
+    two = run_ranks(_first_loss, 2, constants_name, str(data), 2)
+    rig = Rig(recipe_of(constants_name, data, "train.precision=fp64", "backbone.norm=sync"), torch.float64)
+    batch = next(rig.begin_epoch())
+    half = len(batch) // 2
+    total: Tensor | float = 0.0
+    for rank in (0, 1):
+        mine = torch.arange(rank, len(batch), 2)
+        order = torch.cat([mine, torch.arange(1 - rank, len(batch), 2)])  # as if this process were the first
+        views = {key: tuple(x[order] for x in xs) for key, xs in batch.views.items()}
+        whole = type(batch)(views, batch.index[order], batch.label[order], batch.position[order])
+        total = total + _loss_of_first_rows(rig.method, whole, half) / 2
+    assert isinstance(total, Tensor)
+    total.backward()
+    for key, parameter in rig.method.named_parameters():
+        mean = (two[0][key] + two[1][key]) / 2
+        torch.testing.assert_close(mean, parameter.grad, rtol=0, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def _loss_of_first_rows(method: Method, batch: Any, half: int) -> Tensor:
+    """WCL's loss of the first rows of a batch, all others constants, with statistics of the whole."""
+    tau = method.config.temperature
+    features = [method.encoder(x) for x in batch.views["view"]]
+    z, u = ([unit_rows(head(f)) for f in features] for head in (method.head1, method.head2))
+    others = torch.cat([x[half:].detach() for x in z])
+    labels = [connected_components(nearest_neighbours(x.detach())) for x in u]
+    graph = [component_contrastive(u[v][:half], u[v].detach(), labels[1 - v], temperature=tau) for v in (0, 1)]
+    return nt_xent(z[0][:half], z[1][:half], temperature=tau, extra_keys=others) + sum(graph) / 2
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def _executed(path: Path) -> object:
 
 def _checked(found: object, path: Path) -> type[Method]:
     """A class that the trainer can ask what it needs to know before it builds anything."""
-    from relssl.methods.base import ACCUMULATIONS, KNOWN_NEEDS, Method, MethodConfig
+    from relssl.methods.base import ACCUMULATIONS, KNOWN_NEEDS, PROCESS_KINDS, Method, MethodConfig
 
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ConfigError(f"the method file {path} has no class Method derived from relssl.methods.base.Method")
@@ -88,8 +88,9 @@ def _checked(found: object, path: Path) -> type[Method]:
     for need in found.NEEDS:
         if need not in KNOWN_NEEDS:
             raise ConfigError(f"{path}: Method.NEEDS: {unknown_name('need', need, KNOWN_NEEDS)}")
-    if found.ACCUMULATION not in ACCUMULATIONS:
-        raise ConfigError(f"{path}: Method.ACCUMULATION: {unknown_name('kind', found.ACCUMULATION, ACCUMULATIONS)}")
+    for attribute, known in (("ACCUMULATION", ACCUMULATIONS), ("PROCESSES", PROCESS_KINDS)):
+        if (value := getattr(found, attribute)) not in known:
+            raise ConfigError(f"{path}: Method.{attribute}: {unknown_name('kind', value, known)}")
     return found
 
 

@@ -17,6 +17,7 @@ from relssl.dist import mix
 
 KNOWN_NEEDS = ("labels", "one_size", "full_batch", "equal_shares")
 ACCUMULATIONS = ("exact", "approximate", "refused")
+PROCESS_KINDS = ("joint", "local", "constants")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class Method(nn.Module):
             several).
         ACCUMULATION: `exact` (micro-batches give the same update, provided that the batch statistics do),
             `approximate` (must be asked for), `refused`.
+        PROCESSES: what several processes give, of `PROCESS_KINDS`: `joint` (what one gives on the same global batch),
+            `local` (images are compared within a process: what as many micro-batches give), `constants` (compared with
+            all, but the others' embeddings carry no gradient).
         TRAINS: False for a method that has nothing to train; the trainer saves its encoder and stops.
         encoder: the backbone (`relssl.nets`) that is evaluated and exported; built before anything else.
     """
@@ -76,6 +80,7 @@ class Method(nn.Module):
     VIEWS: ClassVar[dict[str, tuple[int, int | None]]]
     NEEDS: ClassVar[frozenset[str]] = frozenset()
     ACCUMULATION: ClassVar[str] = "exact"
+    PROCESSES: ClassVar[str] = "joint"
     TRAINS: ClassVar[bool] = True
     encoder: Any
 

@@ -55,6 +55,7 @@ class Method(base.Method):
     config: DeepInfoMaxConfig
     VIEWS: ClassVar = {"view": (1, 1)}
     ACCUMULATION = "approximate"  # the other image's map comes from the same micro-batch
+    PROCESSES = "local"
 
     def __init__(self, make_backbone: Callable[[], Any], config: DeepInfoMaxConfig, data: base.DataInfo):
         super().__init__(make_backbone, config, data)

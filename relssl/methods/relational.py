@@ -40,6 +40,7 @@ class Method(base.Method):
     VIEWS: ClassVar = {"view": (2, None)}
     NEEDS = frozenset({"one_size"})
     ACCUMULATION = "approximate"  # pairs and the head's batch statistics stay within a micro-batch
+    PROCESSES = "local"
 
     def __init__(self, make_backbone: Callable[[], Any], config: RelationalConfig, data: base.DataInfo):
         super().__init__(make_backbone, config, data)

@@ -43,6 +43,7 @@ class Method(base.Method):
     VIEWS: ClassVar = {"view": (2, 2)}
     NEEDS = frozenset({"full_batch"})
     ACCUMULATION = "approximate"  # negatives and neighbours come from one micro-batch
+    PROCESSES = "constants"
 
     def __init__(self, make_backbone: Callable[[], Any], config: WCLConfig, data: base.DataInfo):
         super().__init__(make_backbone, config, data)
