@@ -34,6 +34,7 @@ from relssl.evaluators.linear import (
     save_head,
     train_linear_probe,
 )
+from relssl.methods import load_method
 from relssl.nets import build_backbone
 from relssl.runfolder import RunFolder, now
 from relssl.weights import load_backbone
@@ -332,7 +333,8 @@ def _from_checkpoint(folder: RunFolder, recipe: Recipe) -> Weights:
             "evaluate the initial weights"
         )
     saved = checkpoint.load(found[-1])
-    tensors = {k.removeprefix("encoder."): v for k, v in saved.model.items() if k.startswith("encoder.")}
+    prefix = f"{load_method(folder.method_place(recipe)).EVALUATED}."
+    tensors = {k.removeprefix(prefix): v for k, v in saved.model.items() if k.startswith(prefix)}
     backbone = build_backbone(recipe.backbone.name, **recipe.backbone.options)
     checkpoint.load_model(backbone, tensors, str(found[-1]))
     log.info("the run has not ended: evaluating %s", found[-1])

@@ -42,6 +42,10 @@ class RunFolder:
     def method_file(self) -> Path:
         return self.path / "method.py"
 
+    def method_place(self, recipe: Recipe) -> str:
+        """What `load_method` takes: the run's own copy of a method file, or the method's name."""
+        return str(self.method_file) if self.method_file.is_file() else str(recipe.method["name"])
+
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"

@@ -229,7 +229,7 @@ class Trainer:
     def _evaluate(self, epoch: int) -> None:
         assert self.online is not None
         try:
-            records = self.online.run(self.method.encoder)
+            records = self.online.run(self.method.evaluated)
         except (ConfigError, InputError) as error:  # a measure that cannot be had is no reason to lose the run
             self._say(f"epoch {epoch}: not evaluated: {error}")
             return
@@ -244,9 +244,9 @@ class Trainer:
 
     def _finish(self) -> None:
         if self.is_main:
-            save_backbone(self.folder.backbone, self.method.encoder, self.recipe, self.position.epoch)
+            save_backbone(self.folder.backbone, self.method.evaluated, self.recipe, self.position.epoch)
         if self.online is not None:
-            self.online.neighbour_sheet(self.method.encoder, self.folder.path / "neighbours.png")
+            self.online.neighbour_sheet(self.method.evaluated, self.folder.path / "neighbours.png")
         if self.recipe.train.tensorboard:
             self.accelerator.end_training()
         self._say(f"done: {self.position.total} updates. The backbone is {self.folder.backbone}")

@@ -535,3 +535,18 @@ def test_a_forward_that_gives_something_else(data: Path, tmp_path: Path, returne
     (tmp_path / "mine.py").write_text(METHOD_FILE + f"    def forward(self, batch, step):\n        return {returned}\n")
     with pytest.raises(RunError, match=message):
         train(recipe_of_file(tmp_path / "mine.py", data), tmp_path / "run")
+
+
+def test_what_is_evaluated_is_what_the_method_says(any_name: str, data: Path, tmp_path: Path) -> None:
+    """The encoder, or ReSA's target: in the saved backbone, and in a checkpoint of a run that has not ended."""
+    recipe = recipe_of(any_name, data)
+    assert train(recipe, tmp_path / "run") == 0
+    wanted = f"{method_class(any_name).EVALUATED}."
+    saved = open_weights(tmp_path / "run").backbone.state_dict()
+    if not method_class(any_name).TRAINS:
+        return
+    state = {k.removeprefix(f"model/{wanted}"): v for k, v in final_state(tmp_path / "run").items() if wanted in k}
+    assert {k: v for k, v in state.items() if k in saved}.keys() == saved.keys()
+    assert_equal_states({k: state[k] for k in saved}, saved)
+    (tmp_path / "run" / "backbone.safetensors").unlink()
+    assert_equal_states(open_weights(tmp_path / "run").backbone.state_dict(), saved)

@@ -9,6 +9,9 @@ Named protocols (`linear_protocol`):
     ressl_imagenet     the code released with ReSSL: 100 epochs, lr 0.3, cosine, weights from N(0, 0.01^2)
     ressl_small        the authors' small-data probe: Nesterov, cosine from lr 0.2
     ressl_small_steps  the same with steps from lr 30, x 0.1 at epochs 60 and 80
+    wcl                the code released with WCL: Nesterov, lr 0.2 x batch / 256 with a batch of 4096, 80 epochs, cosine
+    resa               the code released with ReSA, for weights of batch 256: lr 10, x 0.1 at epochs 60 and 80
+    resa_1024          the same with lr 40, for weights of batch 1024
     relational         Self-Supervised Relational Reasoning and its baselines: Adam 1e-3, 100 epochs, no augmentation
     cached             ours, no paper's: features of un-augmented images, computed once, standardised; seconds
 
@@ -95,6 +98,16 @@ class LinearProtocol(BaseModel):
 
 
 _SMALL: dict[str, Any] = {"nesterov": True, "epochs": 100, "batch_size": 256, "select": "best"}
+_RESA: dict[str, Any] = {
+    "lr_scaling": "linear",
+    "epochs": 100,
+    "batch_size": 256,
+    "schedule": "multistep",
+    "milestones": (60, 80),
+    "init_std": 0.01,
+    "zero_bias": True,
+    "select": "best",
+}
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "ressl_imagenet": {
         "lr": 0.3,
@@ -106,6 +119,18 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     },
     "ressl_small": {**_SMALL, "lr": 0.2},
     "ressl_small_steps": {**_SMALL, "lr": 30.0, "schedule": "multistep", "milestones": (60, 80)},
+    "wcl": {
+        "lr": 0.2,
+        "lr_scaling": "linear",
+        "nesterov": True,
+        "epochs": 80,
+        "batch_size": 4096,
+        "init_std": 0.01,
+        "zero_bias": True,
+        "select": "best",
+    },
+    "resa": {**_RESA, "lr": 10.0},
+    "resa_1024": {**_RESA, "lr": 40.0},
     "relational": {
         "augment": False,
         "optimizer": "adam",

@@ -73,7 +73,8 @@ class Method(nn.Module):
             `local` (images are compared within a process: what as many micro-batches give), `constants` (compared with
             all, but the others' embeddings carry no gradient).
         TRAINS: False for a method that has nothing to train; the trainer saves its encoder and stops.
-        encoder: the backbone (`relssl.nets`) that is evaluated and exported; built before anything else.
+        encoder: the backbone (`relssl.nets`) that is trained; built before anything else.
+        EVALUATED: the submodule that is evaluated and exported, the encoder unless a method says otherwise.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -82,12 +83,18 @@ class Method(nn.Module):
     ACCUMULATION: ClassVar[str] = "exact"
     PROCESSES: ClassVar[str] = "joint"
     TRAINS: ClassVar[bool] = True
+    EVALUATED: ClassVar[str] = "encoder"
     encoder: Any
 
     def __init__(self, make_backbone: Callable[[], nn.Module], config: Any, data: DataInfo):
         super().__init__()
         self.config = config
         self.data = data
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The backbone that is evaluated and exported."""
+        return self.get_submodule(self.EVALUATED)
 
     def forward(self, batch: ViewBatch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of the local images (their mean, 0-d, float32 or float64) and 0-d detached metrics.

@@ -8,7 +8,7 @@
     A = sinkhorn( normalize(h_0) . normalize(h'_0) of all processes )                no gradient
     loss = mean over q, v in {0, 1}, q != v of CE( A, softmax(z_q . z'_v of all processes / tau) )
 
-Legend: B images of this process, N of all processes, D embedding.
+The target's encoder is what is evaluated. Legend: B images of this process, N of all processes, D embedding.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Method(base.Method):
     VIEWS: ClassVar = {"weak": (1, 1), "strong": (1, None)}
     NEEDS = frozenset({"full_batch"})
     ACCUMULATION = "approximate"  # targets and assignments come from one micro-batch
+    EVALUATED = "target.encoder"
 
     def __init__(self, make_backbone: Callable[[], Any], config: ReSAConfig, data: base.DataInfo):
         super().__init__(make_backbone, config, data)
