@@ -172,6 +172,12 @@ FACTS = {
     "supervised": Facts(
         "Training with labels, the upper bound of the relational-reasoning experiments",
         absent={"L0": "no golden data", "L1": "no golden data"},
+        differs=(
+            (
+                "The original reports its trained classifier; here the backbone is evaluated like every other, by kNN "
+                "and a linear probe."
+            ),
+        ),
         note="The loss is PyTorch's cross-entropy of a linear layer; nothing of the original was recorded.",
     ),
     "random": Facts("Random weights, the lower bound of the relational-reasoning experiments"),
@@ -185,8 +191,8 @@ FACTS = {
         "`google-deepmind/relicv2` at 106a93e0 (networks, optimizer and colours; it has no pre-training)",
         absent={"L1": "never released"},
         note=(
-            "Its pre-training was never released: the official repository only evaluates. Ours will be a reading of "
-            "the paper, compared with its formulas in float64; training steps of an original cannot be shown."
+            "Its pre-training was never released: the official repository only evaluates. Ours is a reading of the "
+            "paper, compared with its formulas in float64; training steps of an original cannot be shown."
         ),
     ),
     "resa": Facts("Clustering Properties of Self-Supervised Learning", "2501.18452", "`winci-ai/resa` at e7869d12"),
@@ -214,9 +220,16 @@ LIMITS = {
     "backbones": "inputs of a few images; gradients of the first convolution and the last BatchNorm only.",
     "knn": "the original's function on synthetic features.",
     "wcl_loss": "encoders and heads are stand-ins; with one process an empty block stands for the other ones.",
+    "wcl_step": (
+        "encoders of two or three convolutions, narrow heads, one process. Weights and statistics start from random "
+        "values, not from the method's initialisation."
+    ),
     "wcl_lars": "the original optimizer on synthetic gradients.",
     "wcl_lr": "the schedule alone.",
     "relicv2_loss": "not an original's: formulas of the paper, evaluated in float64.",
+    "relicv2_resnet": "random weights and narrow networks; no released checkpoint could be read.",
+    "resa_loss": "encoder, projector and predictor are stand-ins that pass given embeddings on; float32 throughout.",
+    "resa_step": "an encoder of two convolutions, narrow heads, one process without DistributedDataParallel.",
     "resa_schedules": "the schedules alone.",
 }
 # Golden data that no original computed: formulas of a paper, in float64.

@@ -192,6 +192,10 @@ def compare(results: list[dict[str, Tensor]], data: dict[str, np.ndarray]) -> No
             np.testing.assert_allclose(result[key].numpy(), data[key][rank], rtol=rtol, atol=atol, err_msg=key)
 
 
+@pytest.mark.evidence(
+    "resa", "L0", "scores, assignments, loss and its gradient, two views and multi-crop",
+    golden="resa_loss", dtype="float32", tolerance="loss 1e-5, assignments 1e-5 + 1e-4, gradient 1e-4", gradient=True,
+)  # fmt: skip
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("dist")])
 def test_everything_equals_the_original(case):
     data = {key: value if key == "temp" else value[None] for key, value in golden.part(ARRAYS, f"{case}__").items()}
@@ -204,6 +208,10 @@ def _in_two(rank: int, folder: str, case: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.evidence(
+    "resa", "L0", "the same in two processes",
+    golden="resa_loss", dtype="float32", tolerance="loss 1e-5, assignments 1e-5 + 1e-4, gradient 1e-4", gradient=True,
+)  # fmt: skip
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("dist")])
 def test_two_processes_equal_the_original(case):
     data = golden.part(ARRAYS, f"{case}__")

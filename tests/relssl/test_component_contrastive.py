@@ -233,6 +233,10 @@ def test_operands_that_do_not_fit_are_refused(change, message):
 # -- the original ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.evidence(
+    "wcl", "L0", "neighbours and components (exact), both losses and their gradients, one and two ranks",
+    golden="wcl_loss", dtype="float32", tolerance="loss 1e-5, gradient 1e-4", gradient=True,
+)  # fmt: skip
 @pytest.mark.parametrize("case", golden.cases(ARRAYS))
 def test_everything_equals_the_original(case):
     data = golden.part(ARRAYS, case)

@@ -79,6 +79,10 @@ def test_gradcheck(form):
     )
 
 
+@pytest.mark.evidence(
+    "relicv2", "L0", "both readings of the invariance, with and without stop-gradient: values and gradients",
+    golden="relicv2_loss", dtype="float64", tolerance=1e-10, gradient=True,
+)  # fmt: skip
 @pytest.mark.parametrize("name", CASES)
 def test_the_recorded_formulas(name):
     data = golden.part(ARRAYS, f"{name}__")

@@ -72,6 +72,10 @@ def images(case: str, number: int) -> Tensor:
     return (x - mean) / std
 
 
+@pytest.mark.evidence(
+    "relicv2", "part", "features of the original's encoder, evaluation mode, even and odd sides",
+    golden="relicv2_resnet", dtype="float32", tolerance="1e-5 of the largest feature",
+)  # fmt: skip
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("case", CASES)
 def test_features_equal_the_originals(case: str, number: int) -> None:
