@@ -1,9 +1,11 @@
-"""Everything after the crop, for every engine: jitter, grey, blur, solarise, affine, normalise, erase.
+"""Everything after the crop, for every engine: jitter, grey, blur, solarise, RandAugment, affine, normalise, erase.
 
-Formulas are torchvision's float functionals, each sample with its own parameters and its own order of the jitter's
-operations. On the CPU compiled loops do the work, a range of images at a time, whichever thread asks (`kernels`). On
-an accelerator it is batched torch: samples that take a step together are gathered, changed and put back; which ones
-is known on the host, so nothing waits for the device, and all of it travels in two copies.
+Formulas are torchvision's float functionals, BYOL's for its dialect and PIL's for RandAugment, each sample with its own
+parameters and its own order of the jitter's operations. Nothing is rounded between the 8-bit crop and the view, except
+by RandAugment, whose operations are made of 8-bit levels. On the CPU compiled loops do the work, a range of images at a
+time, whichever thread asks (`kernels`). On an accelerator it is batched torch: samples that take a step together are
+gathered, changed and put back; which ones is known on the host, so nothing waits for the device, and all of it travels
+in two copies.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 from pipelines import kernels
 from pipelines.crop import on_device
 from pipelines.draw import JITTER_OPS, OpParams, ViewParams
+from pipelines.randaugment import Function, Step, randaugment_steps
 from pipelines.views import ViewSpec
 
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision's rgb_to_grayscale
@@ -95,8 +98,6 @@ def _kinds(names: tuple[str, ...]) -> np.ndarray:
 
 # -- torch, any device
 
-Step = tuple[Callable[[Tensor, Tensor], Tensor], np.ndarray, np.ndarray]  # function, rows (n,), coefficients (n, 6)
-
 
 def colour_torch(crops: Tensor, params: ViewParams, spec: ViewSpec, out: Tensor) -> None:
     """`colour` by batched torch operations."""
@@ -113,7 +114,7 @@ def colour_torch(crops: Tensor, params: ViewParams, spec: ViewSpec, out: Tensor)
     out.copy_(planes.unflatten(0, crops.shape[:2]).permute(0, 1, 3, 4, 2))
 
 
-def _on_device(steps: list[Step], device: torch.device) -> list[tuple[Callable[..., Tensor], Tensor, Tensor]]:
+def _on_device(steps: list[Step], device: torch.device) -> list[tuple[Function, Tensor, Tensor]]:
     """Rows and coefficients of all steps as tensors, in two copies."""
     if not steps:
         return []
@@ -123,7 +124,7 @@ def _on_device(steps: list[Step], device: torch.device) -> list[tuple[Callable[.
     return [(function, *both) for (function, _, _), *both in zip(steps, rows, values, strict=True)]
 
 
-def _done(planes: Tensor, function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, values: Tensor) -> Tensor:
+def _done(planes: Tensor, function: Function, rows: Tensor, values: Tensor) -> Tensor:
     """Planes (N, 3, S, S) after one step of some of them."""
     if len(rows) == len(planes):  # all of them, and in order
         return function(planes, values)
@@ -160,7 +161,25 @@ def _jitter_steps(op: OpParams) -> list[Step]:
     return [*before, (_hue, rows[turned], factors[turned]), *after]
 
 
-def _one_step(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[OpParams], list[Step]]:
+def _jitter_byol_steps(op: OpParams) -> list[Step]:
+    """BYOL's jitter, each sample in its own order: a step for each kind at each place in the order."""
+    rows = np.flatnonzero(op.apply)
+    factors, order = _flat(op.value)[rows], _flat(op.order)[rows]
+    steps: list[Step] = []
+    for place in range(4):
+        kind = order[:, place]
+        for function, kinds in ((_channel_linear, (0, 1)), (_hsv_saturation, (2,)), (_hue, (HUE,))):
+            mine = np.flatnonzero(np.isin(kind, kinds))
+            values = factors[mine]
+            if function is _channel_linear:  # f, u, more
+                contrast, more, f = kind[mine] == 1, values[:, 0].copy(), values[:, 1].copy()
+                values[:, 0], values[:, 1] = np.where(contrast, f, 1), np.where(contrast, 1 - f, 0)
+                values[:, 2] = np.where(contrast, 0, more)
+            steps.append((function, rows[mine], values))
+    return steps
+
+
+def _one_step(function: Function) -> Callable[[OpParams], list[Step]]:
     def steps(op: OpParams) -> list[Step]:
         rows = np.flatnonzero(op.apply)
         return [(function, rows, _flat(op.value)[rows])]
@@ -185,6 +204,21 @@ def _linear(x: Tensor, values: Tensor) -> Tensor:
     luma = _luma(x)
     base = luma.mean(-1, keepdim=True).mean(-2, keepdim=True) * u
     return (x * f).add_(luma.mul_(w).add_(base)).clamp_(0.0, 1.0)
+
+
+def _channel_linear(x: Tensor, values: Tensor) -> Tensor:
+    """x f + mean(channel) u + more, clipped; the mean as in `_linear`."""
+    f, u, more = (values[:, i].view(-1, 1, 1, 1) for i in range(3))
+    mean = x.mean(-1, keepdim=True).mean(-2, keepdim=True)
+    return (x * f).add_(mean * u + more).clamp_(0.0, 1.0)
+
+
+def _hsv_saturation(x: Tensor, values: Tensor) -> Tensor:
+    """The saturation of HSV times values[:, 2], at most one."""
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    factor, chroma = values[:, 2].view(-1, 1, 1, 1), high - low
+    growth = torch.where(factor * chroma <= high, factor, high / chroma)
+    return (high - (high - x) * growth).clamp_(min=0.0)
 
 
 def _hue(x: Tensor, values: Tensor) -> Tensor:
@@ -214,7 +248,8 @@ def _grey(x: Tensor, values: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, values: Tensor) -> Tensor:
-    """Gaussian of standard deviation values[:, 0] pixels, reflected borders, as many taps as four sigmas need.
+    """Gaussian of standard deviation values[:, 0] pixels with values[:, 1] taps and black around the image; where that
+    is 0, with as many taps as four sigmas need and reflected borders.
 
     A blur along one axis is a matrix product, whatever the sigmas of the batch: entry (o, i) is the weight of pixel
     i in output o, the pixels that borders reflect onto it included. (Where a program allows TF32 for products of
@@ -222,7 +257,9 @@ def _blur(x: Tensor, values: Tensor) -> Tensor:
     """
     side = x.shape[-1]
     sigma = values[:, 0].view(-1, 1, 1)
-    radius = (4 * sigma).ceil().clamp(max=side - 1)
+    taps = values[:, 1].view(-1, 1, 1)
+    reflected = taps == 0
+    radius = torch.where(reflected, (4 * sigma).ceil().clamp(max=side - 1), (taps / 2).floor())
     at = torch.arange(side, device=x.device, dtype=torch.float32)
     out, into = at.view(-1, 1), at.view(1, -1)
 
@@ -230,9 +267,9 @@ def _blur(x: Tensor, values: Tensor) -> Tensor:
         return torch.exp(-0.5 * (distance / sigma) ** 2) * (distance.abs() <= radius)
 
     matrix = weight(into - out)
-    matrix += weight(into + out) * (into > 0)
-    matrix += weight(2 * (side - 1) - into - out) * (into < side - 1)
-    matrix /= matrix.sum(-1, keepdim=True)
+    matrix += weight(into + out) * ((into > 0) & reflected)
+    matrix += weight(2 * (side - 1) - into - out) * ((into < side - 1) & reflected)
+    matrix /= 2 * weight(into).sum(-1, keepdim=True) - 1
     rows = torch.matmul(x.flatten(1, 2), matrix.transpose(1, 2)).view_as(x)
     return torch.matmul(matrix.unsqueeze(1), rows)
 
@@ -268,9 +305,11 @@ def _erase(x: Tensor, values: Tensor) -> Tensor:
 
 _STEPS = {
     "jitter": _jitter_steps,
+    "jitter_byol": _jitter_byol_steps,
     "grey": _one_step(_grey),
     "blur": _one_step(_blur),
     "solarise": _one_step(_solarise),
+    "randaugment": randaugment_steps,
     "affine": _one_step(_affine),
     "erase": _one_step(_erase),
 }

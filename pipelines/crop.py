@@ -1,8 +1,9 @@
-"""Antialiased crop-and-resize: one meaning, three ways to compute it.
+"""Crop-and-resize: one meaning, three ways to compute it.
 
 A crop takes the box of an image (pixels outside it do not exist), resizes it to `resized` with the antialiased
-triangle filter of PIL and torchvision, keeps the square at `offset`, and mirrors it when asked. The result is
-rounded to 8 bits, as PIL does. A box that is not resized gives its own pixels, to the bit, and its square may reach
+triangle or cubic filter of PIL and torchvision, keeps the square at `offset`, and mirrors it when asked. Where no
+antialiasing is wanted the filter stays as wide as for an enlargement: TensorFlow's plain resize. The result is rounded
+to 8 bits, as PIL does. A box that is not resized gives its own pixels, to the bit, and its square may reach
 over its edge, where it is black. `crop_image` makes all crops of one decoded image of any size, `crop_small` those of
 data sets that live in memory on the CPU; both are compiled loops (`kernels`). `crop_matmul` is two batched matrix
 products, for data sets in the memory of an accelerator.
@@ -34,12 +35,12 @@ def crop_small(
     Raises:
         ValueError: a box leaves the image; the square leaves a resized box, or has no pixel of one that is not.
     """
-    cubic = params.interpolation == "bicubic"
+    cubic, antialias = params.interpolation == "bicubic", params.antialias
     stop = len(ids) if stop is None else stop
-    scale = max(float((params.box[:, start:stop, 2:] / params.resized[:, start:stop]).max()), 1.0)
+    scale = max(float((params.box[:, start:stop, 2:] / params.resized[:, start:stop]).max()), 1.0) if antialias else 1.0
     taps = 2 * int(np.ceil(scale * (2 if cubic else 1))) + 2
     kernels.crop_rows(
-        images, ids, params.box, params.resized, params.offset, params.flip, cubic, out, taps, start, stop
+        images, ids, params.box, params.resized, params.offset, params.flip, cubic, antialias, out, taps, start, stop
     )
 
 
@@ -86,7 +87,7 @@ def _interpolation_matrix(params: ViewParams, axis: int, length: int, device: to
     ).astype(np.float64 if doubles else np.float32)  # fmt: skip
     low, n_in, resized, offset, flip = on_device(numbers, device)[..., None].unbind(0)
     scale = n_in / resized
-    filter_scale = scale.clamp(min=1.0)
+    filter_scale = scale.clamp(min=1.0) if params.antialias else torch.ones_like(scale)
     cubic = params.interpolation == "bicubic"
     radius = filter_scale * (2.0 if cubic else 1.0)
     out = torch.arange(params.size, dtype=low.dtype, device=device)
@@ -122,7 +123,7 @@ def crop_image(image: Tensor, params: ViewParams, row: int, out: Tensor) -> None
     """
     kernels.crop_image(
         image.permute(1, 2, 0).numpy(), params.box, params.resized, params.offset, params.flip,
-        params.interpolation == "bicubic", out.numpy(), row,
+        params.interpolation == "bicubic", params.antialias, out.numpy(), row,
     )  # fmt: skip
 
 

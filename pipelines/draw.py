@@ -30,6 +30,11 @@ _FIRST_OP_SLOT = 64
 _SLOTS_PER_OP = 16
 
 JITTER_OPS = ("brightness", "contrast", "saturation", "hue")
+# FixMatch's pool, of which `randaugment` takes some with replacement.
+RANDAUGMENT_OPS = (
+    "autocontrast", "brightness", "colour", "contrast", "equalize", "identity", "posterize", "rotate", "sharpness",
+    "shear_x", "shear_y", "solarise", "translate_x", "translate_y",
+)  # fmt: skip
 NUM_VALUES = 6  # of the op that needs the most
 
 
@@ -40,8 +45,10 @@ class OpParams:
     Attributes:
         name: key of `pipelines.views.OPS`.
         apply: (V, B) bool.
-        value: (V, B, 6) float32, the first of them: jitter's factors as in `JITTER_OPS`; blur's sigma; solarise's
-            threshold; affine's matrix as in `inverse_affine`; erase's top, left, height, width and value.
+        value: (V, B, 6) float32, the first of them: jitter's factors as in `JITTER_OPS`, of which `jitter_byol` adds
+            the brightness; blur's sigma and the length of its kernel (0: four sigmas to either side); solarise's
+            threshold; affine's matrix as in `inverse_affine`; randaugment's operations as in `randaugment_codes`;
+            erase's top, left, height, width and value.
         order: (V, B, 4) uint8: which of `JITTER_OPS` comes first, second, ...
     """
 
@@ -71,12 +78,14 @@ class ViewParams:
 
     A crop reads `box` (V, B, 4) = top, left, height, width in source pixels, resizes it to `resized` (V, B, 2) and
     keeps the square of `size` pixels at `offset` (V, B, 2); all int32. Where nothing is resized the square may reach
-    over the edge of the box, and is black there. `flip` (V, B) bool mirrors the result. The views of a spec lie in
-    one array because kernels and draw cost least over many at once.
+    over the edge of the box, and is black there. `flip` (V, B) bool mirrors the result. Without `antialias` the filter
+    of the resize does not grow with a reduction. The views of a spec lie in one array because kernels and draw cost
+    least over many at once.
     """
 
     size: int
     interpolation: str
+    antialias: bool
     box: np.ndarray
     resized: np.ndarray
     offset: np.ndarray
@@ -180,7 +189,7 @@ class Stream:
         bits = _finalise(self.keys + np.uint64((slot + 1) * _GOLDEN & _MASK))
         return low + (high - low) * ((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
-    def below(self, slot: int, limit: np.ndarray) -> np.ndarray:
+    def below(self, slot: int, limit: np.ndarray | int) -> np.ndarray:
         """(B,) int64 uniform in 0 .. limit-1."""
         return np.minimum((self.uniform(slot) * limit).astype(np.int64), limit - 1)
 
@@ -204,6 +213,10 @@ def _draw_views(spec: ViewSpec, stream: Stream, heights: np.ndarray, widths: np.
     box = np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], axis=1)
     if spec.box_kind == "random_resized":
         box = _random_resized(stream, heights, widths, spec.box_options["scale"], spec.box_options["ratio"])
+    elif spec.box_kind == "byol":
+        box = _byol_box(stream, heights, widths, spec.box_options["scale"], spec.box_options["ratio"])
+    elif spec.box_kind == "byol_center":
+        box = _byol_center(heights, widths, spec.box_options["share"])
     elif spec.box_kind == "center":
         resized, offset = _resize_then_center(heights, widths, spec.box_options["resize"], spec.size)
     elif spec.box_kind == "pad_crop":
@@ -213,6 +226,7 @@ def _draw_views(spec: ViewSpec, stream: Stream, heights: np.ndarray, widths: np.
     return ViewParams(
         size=spec.size,
         interpolation=spec.interpolation,
+        antialias=spec.antialias,
         box=by_view(box.astype(np.int32)),
         resized=by_view(resized.astype(np.int32)),
         offset=by_view(offset.astype(np.int32)),
@@ -251,15 +265,11 @@ def _try_boxes(
 ) -> None:
     """Put the first of ten boxes whose sides fit into `box` (B, 4), where there is one. `scale` is their share of the
     area, `ratio` is width over height, log-uniform."""
-    area = (heights * widths).astype(np.float64)
     open_rows = np.arange(len(heights))
     for first in range(slot, slot + 4 * _ATTEMPTS, 4):
         tried = Stream(stream.keys[open_rows])
-        target = area[open_rows] * tried.uniform(first, *scale)
-        aspect = np.exp(tried.uniform(first + 1, math.log(ratio[0]), math.log(ratio[1])))
-        w = np.rint(np.sqrt(target * aspect)).astype(np.int64)
-        h = np.rint(np.sqrt(target / aspect)).astype(np.int64)
         high, wide = heights[open_rows], widths[open_rows]
+        h, w = _random_sides(tried, first, high, wide, scale, ratio)
         found = fits(w, wide) & fits(h, high)
         top = tried.below(first + 2, np.maximum(high - h + 1, 1))
         left = tried.below(first + 3, np.maximum(wide - w + 1, 1))
@@ -267,6 +277,37 @@ def _try_boxes(
         open_rows = open_rows[~found]
         if not len(open_rows):
             break
+
+
+def _random_sides(
+    stream: Stream,
+    slot: int,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Height and width of boxes whose share of the area is uniform and whose ratio, width over height, log-uniform."""
+    target = (heights * widths).astype(np.float64) * stream.uniform(slot, *scale)
+    aspect = np.exp(stream.uniform(slot + 1, math.log(ratio[0]), math.log(ratio[1])))
+    h, w = np.rint(np.sqrt(target / aspect)), np.rint(np.sqrt(target * aspect))
+    return h.astype(np.int64), w.astype(np.int64)
+
+
+def _byol_box(
+    stream: Stream, heights: np.ndarray, widths: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
+) -> np.ndarray:
+    """BYOL's crop: one try, whose sides are cut down to the image's, so that extreme boxes have another ratio."""
+    h, w = _random_sides(stream, 0, heights, widths, scale, ratio)
+    h, w = np.clip(h, 1, heights), np.clip(w, 1, widths)
+    return np.stack([stream.below(2, heights - h + 1), stream.below(3, widths - w + 1), h, w], axis=1)
+
+
+def _byol_center(heights: np.ndarray, widths: np.ndarray, share: float) -> np.ndarray:
+    """The square in the middle whose side is a share of the short side. Of an odd rest the larger half is above it and
+    to its left."""
+    side = np.maximum((share * np.minimum(heights, widths)).astype(np.int64), 1)
+    return np.stack([(heights - side + 1) // 2, (widths - side + 1) // 2, side, side], axis=1)
 
 
 def _central_fallback(heights: np.ndarray, widths: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
@@ -309,22 +350,44 @@ def _draw_ops(ops: Sequence[Sequence[Any]], stream: Stream, size: int) -> Packed
         slot = _FIRST_OP_SLOT + _SLOTS_PER_OP * i
         packed.apply[:, i] = stream.uniform(slot) < probability
         value = packed.value[:, i]
-        if name == "jitter":
+        if name in ("jitter", "jitter_byol"):
+            sums = ("hue",) if name == "jitter" else ("hue", "brightness")  # the others are factors
             for j, op in enumerate(JITTER_OPS):
                 strength = options[op]
-                low, high = (-strength, strength) if op == "hue" else (max(0.0, 1.0 - strength), 1.0 + strength)
+                low, high = (-strength, strength) if op in sums else (max(0.0, 1.0 - strength), 1.0 + strength)
                 value[:, j] = stream.uniform(slot + 1 + j, low, high)
             packed.order[:, i] = np.argsort(np.stack([stream.uniform(slot + 5 + j) for j in range(4)], axis=1), axis=1)
         elif name == "blur":
             value[:, 0] = stream.uniform(slot + 1, *options["sigma"])
+            value[:, 1] = 0 if options["kernel"] == "torchvision" else 2 * (size // 20) + 1  # a tenth of the side
         elif name == "solarise":
             value[:, 0] = options["threshold"]
+        elif name == "randaugment":
+            value[:, : options["n"]] = _random_operations(stream, slot + 1, options["n"], options["m"])
         elif name == "affine":
             value[:] = _random_affine(stream, slot + 1, size, options)
         elif name == "erase":
             value[:, :4] = _random_erasing(stream, slot + 1, size, options["scale"], options["ratio"])
             value[:, 4] = options["value"]
     return packed
+
+
+def _random_operations(stream: Stream, slot: int, n: int, m: int) -> np.ndarray:
+    """(B, n) `randaugment_codes`: any operation of the pool, with any level below m, in either direction, and each of
+    them applied half of the time. One number decides on all of it."""
+    codes = np.zeros((len(stream.keys), n))
+    for i in range(n):
+        number = stream.below(slot + i, 4 * (m - 1) * len(RANDAUGMENT_OPS))
+        number, operation = np.divmod(number, len(RANDAUGMENT_OPS))
+        number, level = np.divmod(number, m - 1)
+        codes[:, i] = np.where(number % 2, randaugment_codes(operation, level + 1, number // 2), 0)
+    return codes
+
+
+def randaugment_codes(operation: np.ndarray, level: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    """An operation of RandAugment as one number, which float32 holds: 10 (place in `RANDAUGMENT_OPS` + 1) + level, the
+    level in 1 ... 9; below zero where it turns, shears or shifts in the negative direction. Zero is no operation."""
+    return (10 * (operation + 1) + level) * np.where(negative, -1, 1)
 
 
 def _random_affine(stream: Stream, slot: int, size: int, options: Mapping[str, Any]) -> np.ndarray:

@@ -37,11 +37,16 @@ ZERO, HALF, ONE, TWO, FOUR, SIX, LEVELS = (np.float32(x) for x in (0, 0.5, 1, 2,
 LUMA_R, LUMA_G, LUMA_B = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
 
 # Codes of operations, as `kinds` of the colour kernel; their names are those of `pipelines.views.OPS`.
-KINDS = {"jitter": 0, "grey": 1, "blur": 2, "solarise": 3, "affine": 4, "erase": 5}
-JITTER, GREY, BLUR, SOLARISE, AFFINE, ERASE = range(6)
+KINDS = {"jitter": 0, "grey": 1, "blur": 2, "solarise": 3, "affine": 4, "erase": 5, "jitter_byol": 6, "randaugment": 7}
+JITTER, GREY, BLUR, SOLARISE, AFFINE, ERASE, JITTER_BYOL, RANDAUGMENT = range(8)
+
+# Of RandAugment, in the order of `pipelines.draw.RANDAUGMENT_OPS`.
+AUTOCONTRAST, BRIGHTNESS, COLOUR, CONTRAST, EQUALIZE, IDENTITY, POSTERIZE = range(7)
+ROTATE, SHARPNESS, SHEAR_X, SHEAR_Y, SOLARISE_LEVELS, TRANSLATE_X, TRANSLATE_Y = range(7, 14)
+WARPS = (ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y)
 
 
-# -- antialiased resampling
+# -- resampling
 
 
 @_compiled
@@ -101,13 +106,14 @@ def _kernel_at(distance, cubic):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _taps(n_in, n_resized, offset, size, mirrored, cubic, start, count, weight):  # type: ignore[no-untyped-def]
+def _taps(n_in, n_resized, offset, size, mirrored, cubic, antialias, start, count, weight):  # type: ignore[no-untyped-def]
     """Fill start[size], count[size] and weight[size, :] for one axis.
 
-    Support and rounding follow PIL: centre (o + 1/2) * scale, radius support * max(scale, 1), rows sum to one.
+    Support and rounding follow PIL: centre (o + 1/2) * scale, radius support * max(scale, 1), rows sum to one. Without
+    antialiasing the radius is the support: TensorFlow's plain resize, which leaves out what is beyond the edge, too.
     """
     scale = n_in / n_resized
-    filter_scale = max(scale, 1.0)
+    filter_scale = max(scale, 1.0) if antialias else 1.0
     radius = filter_scale * (2.0 if cubic else 1.0)
     for o in range(size):
         at = size - 1 - o if mirrored else o
@@ -172,7 +178,7 @@ _ROW_2, _ROW_3, _ROW_4, _ROW_5, _ROW_6, _ROW_8, _ROW_12, _ROW_16 = map(_pixel_ro
 
 
 @_compiled
-def crop_image(image, box, resized, offset, flip, cubic, out, b):  # type: ignore[no-untyped-def]
+def crop_image(image, box, resized, offset, flip, cubic, antialias, out, b):  # type: ignore[no-untyped-def]
     """All crops of one decoded image.
 
     image (H, W, 3) uint8; box (V, B, 4), resized and offset (V, B, 2), flip (V, B); out (V, B, S, S, 3) uint8, of
@@ -188,11 +194,11 @@ def crop_image(image, box, resized, offset, flip, cubic, out, b):  # type: ignor
         if _is_cut(box[v, b], resized[v, b]):
             _cut(image, box[v, b], offset[v, b], flip[v, b], out[v, b])
             continue
-        start_y, count_y, _, weight_y = _tables(size, _most_taps(height, resized[v, b, 0], cubic))
-        start_x, count_x, _, weight_x = _tables(size, max(16, _most_taps(width, resized[v, b, 1], cubic)))
+        start_y, count_y, _, weight_y = _tables(size, _most_taps(height, resized[v, b, 0], cubic, antialias))
+        start_x, count_x, _, weight_x = _tables(size, max(16, _most_taps(width, resized[v, b, 1], cubic, antialias)))
         weight_x[:] = ZERO
-        _taps(height, resized[v, b, 0], offset[v, b, 0], size, False, cubic, start_y, count_y, weight_y)
-        _taps(width, resized[v, b, 1], offset[v, b, 1], size, flip[v, b], cubic, start_x, count_x, weight_x)
+        _taps(height, resized[v, b, 0], offset[v, b, 0], size, False, cubic, antialias, start_y, count_y, weight_y)
+        _taps(width, resized[v, b, 1], offset[v, b, 1], size, flip[v, b], cubic, antialias, start_x, count_x, weight_x)
         most = count_x.max()
         row = np.zeros(3 * (width + weight_x.shape[1]) + 4, np.float32)  # taps of weight zero read past the end
         for y in range(size):
@@ -204,8 +210,9 @@ def crop_image(image, box, resized, offset, flip, cubic, out, b):  # type: ignor
 
 
 @_compiled
-def _most_taps(n_in, n_resized, cubic):  # type: ignore[no-untyped-def]
-    return 2 * int(np.ceil(max(n_in / n_resized, 1.0) * (2.0 if cubic else 1.0))) + 2
+def _most_taps(n_in, n_resized, cubic, antialias):  # type: ignore[no-untyped-def]
+    scale = max(n_in / n_resized, 1.0) if antialias else 1.0
+    return 2 * int(np.ceil(scale * (2.0 if cubic else 1.0))) + 2
 
 
 @_compiled
@@ -277,7 +284,7 @@ def _resample_pixels(row, start, count, weight, out):  # type: ignore[no-untyped
 
 @_compiled
 def _two_taps(n_in, n_resized, offset, size, mirrored, first, second, share):  # type: ignore[no-untyped-def]
-    """`_taps` of the bilinear filter where nothing is reduced: two neighbours and the weight of the second."""
+    """`_taps` of the bilinear filter where it does not grow: two neighbours and the weight of the second."""
     scale = n_in / n_resized
     for o in range(size):
         at = size - 1 - o if mirrored else o
@@ -289,7 +296,7 @@ def _two_taps(n_in, n_resized, offset, size, mirrored, first, second, share):  #
 
 
 @_compiled
-def crop_rows(images, ids, box, resized, offset, flip, cubic, out, taps, first_row, last_row):  # type: ignore[no-untyped-def]
+def crop_rows(images, ids, box, resized, offset, flip, cubic, antialias, out, taps, first_row, last_row):  # type: ignore[no-untyped-def]
     """Crop rows first_row ... last_row-1 of a batch.
 
     images (N, H, W, 3) uint8, ids (B,), box (V, B, 4), resized and offset (V, B, 2), flip (V, B), out
@@ -313,9 +320,9 @@ def crop_rows(images, ids, box, resized, offset, flip, cubic, out, taps, first_r
                 _cut(images[ids[b]], box[v, b], offset[v, b], flip[v, b], out[v, b])
                 continue
             top, left, height, width = box[v, b, 0], box[v, b, 1], box[v, b, 2], box[v, b, 3]
-            enlarged = not cubic and height <= resized[v, b, 0] and width <= resized[v, b, 1]
+            two_taps = not cubic and (not antialias or (height <= resized[v, b, 0] and width <= resized[v, b, 1]))
             crop = out[v, b].reshape(size, size * 3)
-            if enlarged:
+            if two_taps:
                 first, second, share = x_tables[0], x_tables[1], x_tables[2]
                 upper, lower, rest = y_tables[0], y_tables[1], y_tables[2]
                 _two_taps(width, resized[v, b, 1], offset[v, b, 1], size, flip[v, b], first, second, share)
@@ -326,8 +333,14 @@ def crop_rows(images, ids, box, resized, offset, flip, cubic, out, taps, first_r
             else:
                 start_x, count_x, weight_x = x_tables[0], x_tables[1], x_tables[3]
                 start_y, count_y, weight_y = y_tables[0], y_tables[1], y_tables[3]
-                _taps(width, resized[v, b, 1], offset[v, b, 1], size, flip[v, b], cubic, start_x, count_x, weight_x)
-                _taps(height, resized[v, b, 0], offset[v, b, 0], size, False, cubic, start_y, count_y, weight_y)
+                _taps(
+                    width, resized[v, b, 1], offset[v, b, 1], size, flip[v, b], cubic, antialias,
+                    start_x, count_x, weight_x,
+                )  # fmt: skip
+                _taps(
+                    height, resized[v, b, 0], offset[v, b, 0], size, False, cubic, antialias,
+                    start_y, count_y, weight_y,
+                )  # fmt: skip
                 low, high = start_y[0], start_y[size - 1] + count_y[size - 1]
                 _horizontal(source[top + low : top + high, 3 * left :], start_x, count_x, weight_x, lines)
                 _vertical(lines, low, start_y, count_y, weight_y, crop)
@@ -423,14 +436,18 @@ def colour_rows(crops, kinds, apply, value, order, scale, shift, out, out_row, p
                     continue
                 if kinds[i] == JITTER:
                     _jitter(planes, value[v, b, i], order[v, b, i], spare[:size])
+                elif kinds[i] == JITTER_BYOL:
+                    _jitter_byol(planes, value[v, b, i], order[v, b, i], spare[:size])
                 elif kinds[i] == GREY:
                     _grey(planes)
                 elif kinds[i] == BLUR:
-                    _blur(planes, size, value[v, b, i, 0], spare[:n], border)
+                    _blur(planes, size, value[v, b, i, 0], int(value[v, b, i, 1]), spare, border)
                 elif kinds[i] == SOLARISE:
                     _solarise(planes, value[v, b, i, 0])
                 elif kinds[i] == AFFINE:
                     _affine(planes, size, value[v, b, i], spare)
+                elif kinds[i] == RANDAUGMENT:
+                    _randaugment(planes, size, value[v, b, i], spare)
             if planar:
                 _store_planes(planes, scale, shift, out[v, b - out_row])
             else:
@@ -525,6 +542,63 @@ def _hue(planes, turns):  # type: ignore[no-untyped-def]
 
 
 @_compiled
+def _jitter_byol(planes, factors, order, sums):  # type: ignore[no-untyped-def]
+    """BYOL's jitter: another brightness, contrast and saturation than torchvision's, in the sample's own order."""
+    for place in range(4):
+        kind = order[place]
+        factor = factors[kind]
+        if kind == 0 and factor != ZERO:
+            _added_brightness(planes, factor)
+        elif kind == 1 and factor != ONE:
+            _channel_contrast(planes, factor, sums)
+        elif kind == 2 and factor != ONE:
+            _hsv_saturation(planes, factor)
+        elif kind == 3 and factor != ZERO:
+            _hue(planes, factor)
+
+
+@_compiled
+def _added_brightness(planes, more):  # type: ignore[no-untyped-def]
+    for c in range(3):
+        plane = planes[c]
+        for i in range(len(plane)):
+            plane[i] = min(max(plane[i] + more, ZERO), ONE)
+
+
+@_compiled
+def _channel_contrast(planes, factor, sums):  # type: ignore[no-untyped-def]
+    """Each channel about its own mean; sums in the order of `_contrast`."""
+    size = len(sums)
+    for c in range(3):
+        plane = planes[c]
+        sums[:] = ZERO
+        for start in range(0, len(plane), size):
+            row = plane[start : start + size]
+            for x in range(size):
+                sums[x] += row[x]
+        total = ZERO
+        for x in range(size):
+            total += sums[x]
+        base = (ONE - factor) * (total / np.float32(len(plane)))
+        for i in range(len(plane)):
+            plane[i] = min(max(plane[i] * factor + base, ZERO), ONE)
+
+
+@_compiled
+def _hsv_saturation(planes, factor):  # type: ignore[no-untyped-def]
+    """The saturation of HSV times `factor`, at most one: distances from the brightest channel grow by one number."""
+    r, g, b = planes[0], planes[1], planes[2]
+    for i in range(len(r)):
+        x, y, z = r[i], g[i], b[i]
+        high = max(max(x, y), z)
+        chroma = high - min(min(x, y), z)
+        growth = factor if factor * chroma <= high else high / chroma
+        r[i] = max(high - (high - x) * growth, ZERO)
+        g[i] = max(high - (high - y) * growth, ZERO)
+        b[i] = max(high - (high - z) * growth, ZERO)
+
+
+@_compiled
 def _grey(planes):  # type: ignore[no-untyped-def]
     r, g, b = planes[0], planes[1], planes[2]
     for i in range(len(r)):
@@ -575,58 +649,251 @@ def _affine(planes, size, matrix, source):  # type: ignore[no-untyped-def]
                 planes[2, at] = ZERO
 
 
+# RandAugment works on 8-bit levels, as PIL does, and gives PIL's to the bit.
+
+
 @_compiled
-def _blur(planes, size, sigma, spare, border):  # type: ignore[no-untyped-def]
-    """Separable Gaussian with reflected borders and as many taps as four sigmas need.
+def _randaugment(planes, size, codes, spare):  # type: ignore[no-untyped-def]
+    """The operations of `codes` (`pipelines.draw.randaugment_codes`) on an image that is rounded to 8 bits first."""
+    n = size * size
+    room = spare.view(np.uint8)
+    levels, other = room[: 3 * n].reshape(3, n), room[3 * n : 6 * n].reshape(3, n)
+    for c in range(3):
+        plane, rounded = planes[c], levels[c]
+        for i in range(n):
+            rounded[i] = np.uint8(min(max(plane[i] * LEVELS + HALF, ZERO), LEVELS))
+    table = np.empty(256, np.uint8)
+    for code in codes:
+        kind, level = int(abs(code)) // 10 - 1, int(abs(code)) % 10
+        if kind < 0 or kind == IDENTITY:
+            continue
+        if kind == COLOUR:
+            _blend_with_luma(levels, _factor(level))
+        elif kind == SHARPNESS:
+            for c in range(3):
+                _sharpen(levels[c].reshape(size, size), _factor(level), other[c].reshape(size, size))
+            levels, other = other, levels
+        elif kind in WARPS:
+            _warp(levels, size, warp_coefficients(kind, level, code < 0, size), other)
+            levels, other = other, levels
+        else:
+            mean = _mean_luma(levels) if kind == CONTRAST else 0
+            for c in range(3):
+                _fill_table(kind, level, levels[c], mean, table)
+                _look_up(levels[c], table)
+    for c in range(3):
+        plane, rounded = planes[c], levels[c]
+        for i in range(n):
+            plane[i] = np.float32(rounded[i]) / LEVELS
+
+
+@_compiled
+def _factor(level):  # type: ignore[no-untyped-def]
+    return np.float32(level * 0.9 / 10 + 0.05)
+
+
+@_compiled
+def posterize_bits_lost(level):  # type: ignore[no-untyped-def]
+    return 4 - level * 4 // 10
+
+
+@_compiled
+def solarise_threshold(level):  # type: ignore[no-untyped-def]
+    return 256 - level * 256 // 10
+
+
+@_compiled
+def warp_coefficients(kind, level, negative, size):  # type: ignore[no-untyped-def]
+    """The inverse map of a rotation, shear or shift in 65536ths of a pixel, as PIL's transforms without interpolation
+    round it: a, b, c, d, e, f take the pixel in column x, row y from (a x + b y + c, d x + e y + f)."""
+    a, b, c, d, e, f = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
+    sign = -1.0 if negative else 1.0
+    if kind == ROTATE:
+        angle, middle = -sign * np.radians(level * 30 // 10), size / 2
+        a, b, d, e = np.cos(angle), np.sin(angle), -np.sin(angle), np.cos(angle)
+        c, f = middle - a * middle - b * middle, middle - d * middle - e * middle
+    elif kind == SHEAR_X:
+        b = sign * (level * 0.3 / 10)
+    elif kind == SHEAR_Y:
+        d = sign * (level * 0.3 / 10)
+    elif kind == TRANSLATE_X:
+        c = sign * int(level * 0.3 / 10 * size)
+    elif kind == TRANSLATE_Y:
+        f = sign * int(level * 0.3 / 10 * size)
+    c, f = c + a * 0.5 + b * 0.5, f + d * 0.5 + e * 0.5  # the middle of a pixel
+    return _fixed(a), _fixed(b), _fixed(c), _fixed(d), _fixed(e), _fixed(f)
+
+
+@_compiled
+def _fixed(x):  # type: ignore[no-untyped-def]
+    return int(np.floor(x * 65536.0 + 0.5))
+
+
+@_compiled
+def _warp(levels, size, coefficients, out):  # type: ignore[no-untyped-def]
+    """Each pixel from the one that `coefficients` leads to, black where that is outside."""
+    a, b, c, d, e, f = coefficients
+    for y in range(size):
+        at_x, at_y = b * y + c, e * y + f
+        for x in range(size):
+            i, j, at = at_x >> 16, at_y >> 16, y * size + x
+            inside = i >= 0 and i < size and j >= 0 and j < size
+            source = j * size + i if inside else 0
+            for k in range(3):
+                out[k, at] = levels[k, source] if inside else np.uint8(0)
+            at_x += a
+            at_y += d
+
+
+@_compiled
+def _fill_table(kind, level, levels, mean, table):  # type: ignore[no-untyped-def]
+    """What becomes of each level, for operations that look at nothing else; `levels` are those of the image."""
+    if kind == AUTOCONTRAST:
+        _autocontrast_table(levels, table)
+    elif kind == EQUALIZE:
+        _equalize_table(levels, table)
+    elif kind == POSTERIZE:
+        lost = posterize_bits_lost(level)
+        for x in range(256):
+            table[x] = (x >> lost) << lost
+    elif kind == SOLARISE_LEVELS:
+        threshold = solarise_threshold(level)
+        for x in range(256):
+            table[x] = x if x < threshold else 255 - x
+    else:
+        factor = _factor(level)
+        for x in range(256):
+            table[x] = np.uint8(np.float32(mean) + factor * np.float32(x - mean))
+
+
+@_compiled
+def _look_up(levels, table):  # type: ignore[no-untyped-def]
+    for i in range(len(levels)):
+        levels[i] = table[levels[i]]
+
+
+@_compiled
+def _autocontrast_table(levels, table):  # type: ignore[no-untyped-def]
+    """The darkest level becomes black, the brightest white; fractions are cut off."""
+    low, high = np.float64(levels.min()), np.float64(levels.max())
+    scale = 255.0 / (high - low) if high > low else 1.0
+    offset = -low * scale if high > low else 0.0
+    for x in range(256):
+        table[x] = np.uint8(min(max(x * scale + offset, 0.0), 255.0))
+
+
+@_compiled
+def _equalize_table(levels, table):  # type: ignore[no-untyped-def]
+    """As many pixels of each level, as far as whole numbers allow."""
+    histogram = np.zeros(256, np.int64)
+    for i in range(len(levels)):
+        histogram[levels[i]] += 1
+    step = (len(levels) - histogram[levels.max()]) // 255
+    below = step // 2
+    for x in range(256):
+        table[x] = min(below // step, 255) if step > 0 else x
+        below += histogram[x]
+
+
+@_compiled
+def _integer_luma(r, g, b):  # type: ignore[no-untyped-def]
+    """PIL's, in 65536ths."""
+    return (np.int32(r) * np.int32(19595) + np.int32(g) * np.int32(38470) + np.int32(b) * np.int32(7471)
+            + np.int32(32768)) >> np.int32(16)  # fmt: skip
+
+
+@_compiled
+def _mean_luma(levels):  # type: ignore[no-untyped-def]
+    total, n = 0, levels.shape[1]
+    for i in range(n):
+        total += _integer_luma(levels[0, i], levels[1, i], levels[2, i])
+    return (2 * total + n) // (2 * n)
+
+
+@_compiled
+def _blend_with_luma(levels, factor):  # type: ignore[no-untyped-def]
+    for i in range(levels.shape[1]):
+        luma = np.float32(_integer_luma(levels[0, i], levels[1, i], levels[2, i]))
+        for c in range(3):
+            levels[c, i] = np.uint8(luma + factor * (np.float32(levels[c, i]) - luma))
+
+
+@_compiled
+def _sharpen(plane, factor, out):  # type: ignore[no-untyped-def]
+    """A blend with a mean of nine pixels that counts the middle five times; pixels on the edge stay."""
+    size = len(plane)
+    out[:] = plane
+    for y in range(1, size - 1):
+        for x in range(1, size - 1):
+            total = 4 * int(plane[y, x])
+            for i in range(y - 1, y + 2):
+                total += int(plane[i, x - 1]) + int(plane[i, x]) + int(plane[i, x + 1])
+            smooth = np.float32((2 * total + 13) // 26)
+            out[y, x] = np.uint8(smooth + factor * (np.float32(plane[y, x]) - smooth))
+
+
+@_compiled
+def _blur(planes, size, sigma, taps, spare, border):  # type: ignore[no-untyped-def]
+    """Separable Gaussian of `taps` taps with black around the image; for taps = 0 of as many as four sigmas need, with
+    reflected borders.
 
     Two pairs of taps a pass mean fewer trips to memory.
     """
-    weight = _gaussian(sigma, size)
+    weight = _gaussian(sigma, taps // 2 if taps > 0 else min(int(np.ceil(4.0 * sigma)), size - 1))
     n, radius, one, two = np.uint64(size), np.uint64(len(weight) - 1), np.uint64(1), np.uint64(2)
-    smooth = spare.reshape(size, size)
+    smooth = spare[: (size + 2 * (len(weight) - 1)) * size].reshape(-1, size)  # with the rows beyond its edges
     for c in range(3):
         plane = planes[c].reshape(size, size)
+        border[: n + two * radius] = ZERO
         for y in range(n):
+            at = radius + y
             for x in range(n):
                 border[radius + x] = plane[y, x]
-            for k in range(one, radius + one):
-                border[radius - k] = plane[y, k]
-                border[radius + n - one + k] = plane[y, n - one - k]
+            if taps == 0:
+                for k in range(one, radius + one):
+                    border[radius - k] = plane[y, k]
+                    border[radius + n - one + k] = plane[y, n - one - k]
             w = weight[0]
             for x in range(n):
-                smooth[y, x] = w * border[radius + x]
+                smooth[at, x] = w * border[radius + x]
             pair = one
             while pair < radius:
                 i, j, w, u = radius - pair, radius + pair, weight[pair], weight[pair + one]
                 far_i, far_j = i - one, j + one
                 for x in range(n):
-                    smooth[y, x] += w * (border[i + x] + border[j + x]) + u * (border[far_i + x] + border[far_j + x])
+                    smooth[at, x] += w * (border[i + x] + border[j + x]) + u * (border[far_i + x] + border[far_j + x])
                 pair += two
             if radius % two == one:
                 j, w = radius + radius, weight[radius]
                 for x in range(n):
-                    smooth[y, x] += w * (border[x] + border[j + x])
+                    smooth[at, x] += w * (border[x] + border[j + x])
+        for k in range(one, radius + one):
+            if taps == 0:
+                smooth[radius - k] = smooth[radius + k]
+                smooth[radius + n - one + k] = smooth[radius + n - one - k]
+            else:
+                smooth[radius - k] = ZERO
+                smooth[radius + n - one + k] = ZERO
         for y in range(n):
-            w = weight[0]
+            at, w = radius + y, weight[0]
             for x in range(n):
-                plane[y, x] = w * smooth[y, x]
+                plane[y, x] = w * smooth[at, x]
             pair = one
             while pair < radius:
-                i, j, w, u = _above(y, pair), _below(y, pair, n), weight[pair], weight[pair + one]
-                far_i, far_j = _above(y, pair + one), _below(y, pair + one, n)
+                i, j, w, u = at - pair, at + pair, weight[pair], weight[pair + one]
+                far_i, far_j = i - one, j + one
                 for x in range(n):
                     plane[y, x] += w * (smooth[i, x] + smooth[j, x]) + u * (smooth[far_i, x] + smooth[far_j, x])
                 pair += two
             if radius % two == one:
-                i, j, w = _above(y, radius), _below(y, radius, n), weight[radius]
+                i, j, w = at - radius, at + radius, weight[radius]
                 for x in range(n):
                     plane[y, x] += w * (smooth[i, x] + smooth[j, x])
 
 
 @_compiled
-def _gaussian(sigma, size):  # type: ignore[no-untyped-def]
+def _gaussian(sigma, radius):  # type: ignore[no-untyped-def]
     """Weights of the centre and of the taps at distance 1, 2, ... on either side."""
-    radius = min(int(np.ceil(4.0 * sigma)), size - 1)
     weight = np.empty(radius + 1, np.float64)
     for k in range(radius + 1):
         weight[k] = np.exp(-0.5 * (k / np.float64(sigma)) ** 2)
@@ -634,18 +901,6 @@ def _gaussian(sigma, size):  # type: ignore[no-untyped-def]
     for k in range(1, radius + 1):
         total += 2.0 * weight[k]
     return (weight / total).astype(np.float32)
-
-
-@_compiled
-def _above(y, k):  # type: ignore[no-untyped-def]
-    """The row k above row y, reflected at the first row."""
-    return y - k if y >= k else k - y
-
-
-@_compiled
-def _below(y, k, size):  # type: ignore[no-untyped-def]
-    """The row k below row y, reflected at the last row."""
-    return y + k if y + k < size else np.uint64(2) * (size - np.uint64(1)) - (y + k)
 
 
 def _stored(x: Any, out: Any) -> Any:

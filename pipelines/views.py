@@ -22,7 +22,9 @@ DEFAULT_RATIO = (3 / 4, 4 / 3)
 # kind -> {parameter: default}; a default of None means that the parameter must be given
 BOXES: dict[str, dict[str, Any]] = {
     "random_resized": {"scale": (0.08, 1.0), "ratio": DEFAULT_RATIO},  # torchvision's RandomResizedCrop
+    "byol": {"scale": (0.08, 1.0), "ratio": DEFAULT_RATIO},  # BYOL's: one try, cut down to the image's sides
     "center": {"resize": None},  # resize the short side, then take the middle
+    "byol_center": {"share": 0.875},  # BYOL's and ReLICv2's for evaluation: the middle, then resized to the square
     "whole": {},  # the whole image, resized to the square
     "pad_crop": {"padding": None},  # torchvision's RandomCrop(size, padding): nothing is resized
 }
@@ -33,15 +35,16 @@ OPS: dict[str, dict[str, Any]] = {
         "saturation": 0.0,
         "hue": 0.0,
     },  # torchvision's ColorJitter
+    "jitter_byol": {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0},  # BYOL's and ReLIC's
     "grey": {},
-    "blur": {"sigma": None},  # standard deviation in pixels, uniform over [low, high]
+    "blur": {"sigma": None, "kernel": "torchvision"},  # standard deviation in pixels, uniform over [low, high]
     "solarise": {"threshold": 128 / 255},
+    "randaugment": {"n": 5, "m": 10},  # FixMatch's: n operations of a pool of 14, of levels below m
     "affine": {"degrees": None, "translate": 0.0, "scale": (1.0, 1.0), "shear": 0.0},  # torchvision's RandomAffine
     "erase": {"scale": (0.02, 0.33), "ratio": (0.3, 3.3), "value": 0.0},  # torchvision's RandomErasing
 }
-# Named in the papers, made in a later version: refused by name instead of being half there.
-PLANNED_BOXES = ("byol",)
-PLANNED_OPS = ("randaugment", "jitter_byol")
+BLUR_KERNELS = ("torchvision", "byol")
+RANDAUGMENT_MOST = {"n": 6, "m": 10}  # as many numbers as an op may have, and FixMatch's largest
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 
@@ -53,10 +56,13 @@ class ViewSpec:
         name: the method's name for it (`teacher`, `student`, `large`, ...); specs of one name concatenate.
         size: side of the square output in pixels.
         count: how many independent views of this kind.
-        box: `{kind: {parameter: value}}`, kind one of `random_resized`, `center`, `whole`, `pad_crop`.
-        interpolation: `bilinear` or `bicubic`, antialiased.
+        box: `{kind: {parameter: value}}`, kind a key of `BOXES`.
+        interpolation: `bilinear` or `bicubic`.
+        antialias: whether the filter grows with a reduction, as in PIL. Without, a pixel comes from its 2 x 2 or 4 x 4
+            neighbours whatever the reduction, as TensorFlow resizes; the cubic is Keys' with a = -1/2 either way.
         flip: probability of a horizontal flip. It is part of the crop, so it comes before the ops, as in the papers'
-            lists. (`affine` and `erase` would differ after it, the other ops commute with it.)
+            lists. (`affine`, `erase` and `randaugment` would differ after it, the other ops commute with
+            it.)
         ops: `(op, probability, {parameter: value})` in the order in which they are applied. `erase` comes after the
             normalisation and is the last.
         normalize: per-channel mean and std of pixels in [0, 1], or None to leave pixels in [0, 1].
@@ -87,8 +93,8 @@ class ViewSpec:
             raise ConfigError(
                 f"{where}: interpolation is one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}"
             )
-        if self.antialias is not True:
-            raise ConfigError(f"{where}: crops without antialiasing are not supported; leave antialias: true")
+        if not isinstance(self.antialias, bool):
+            raise ConfigError(f"{where}: antialias is true or false, got {self.antialias!r}")
         if self.mask_p != 0:
             raise ConfigError(f"{where}: mask_p needs saliency masks, which this version does not have; set it to 0")
         object.__setattr__(self, "box", _checked_box(self.box, where))
@@ -152,15 +158,19 @@ def _checked_box(box: Any, where: str) -> dict[str, dict[str, Any]]:
     if not isinstance(box, Mapping) or len(box) != 1:
         raise ConfigError(f"{where}: box is one kind with its options, e.g. {{random_resized: {{scale: [0.2, 1]}}}}")
     kind, options = next(iter(box.items()))
-    _check_known("box", kind, BOXES, PLANNED_BOXES, where)
+    _check_known("box", kind, BOXES, where)
     options = _filled(BOXES[kind], options or {}, f"{where}: box {kind}")
-    if kind == "random_resized":
+    if kind in ("random_resized", "byol"):
         options["scale"] = _checked_range(options["scale"], 0.0, f"{where}: scale", above=True)
         options["ratio"] = _checked_range(options["ratio"], 0.0, f"{where}: ratio", above=True)
         if options["scale"][1] > 1:
             raise ConfigError(f"{where}: scale is a share of the image's area, at most 1, got {options['scale']}")
     if kind == "center":
         _check_integer(options["resize"], 1, f"{where}: box center: resize")
+    if kind == "byol_center":
+        share = options["share"]
+        if not _is_number(share) or not 0 < share <= 1:
+            raise ConfigError(f"{where}: box byol_center: share of the short side is a number in (0, 1], got {share!r}")
     if kind == "pad_crop":
         _check_integer(options["padding"], 0, f"{where}: box pad_crop: padding")
     return {kind: options}
@@ -170,18 +180,26 @@ def _checked_op(op: Any, where: str) -> tuple[str, float, dict[str, Any]]:
     if isinstance(op, str) or not isinstance(op, Sequence) or not 2 <= len(op) <= 3:
         raise ConfigError(f"{where}: an op is [name, probability, {{options}}], got {op!r}")
     name, probability = op[0], op[1]
-    _check_known("op", name, OPS, PLANNED_OPS, where)
+    _check_known("op", name, OPS, where)
     _check_probability(probability, f"{where}: probability of {name}")
     options = _filled(OPS[name], op[2] if len(op) == 3 else {}, f"{where}: {name}")
     if name == "blur":
         options["sigma"] = _checked_range(options["sigma"], 0.0, f"{where}: blur: sigma", above=True)
-    if name == "jitter":
+        if options["kernel"] not in BLUR_KERNELS:
+            raise ConfigError(f"{where}: blur: kernel is one of {', '.join(BLUR_KERNELS)}, got {options['kernel']!r}")
+    if name in ("jitter", "jitter_byol"):
+        limits = {"hue": 0.5, "brightness": 1.0} if name == "jitter_byol" else {"hue": 0.5}  # a sum, not a factor
         for key, value in options.items():
-            limit = 0.5 if key == "hue" else float("inf")
+            limit = limits.get(key, float("inf"))
             if not _is_number(value) or not 0 <= value <= limit:
-                raise ConfigError(f"{where}: jitter: {key} is a strength in [0, {limit}], got {value!r}")
+                raise ConfigError(f"{where}: {name}: {key} is a strength in [0, {limit}], got {value!r}")
     if name == "solarise":
         _check_probability(options["threshold"], f"{where}: solarise: threshold")
+    if name == "randaugment":
+        for key, least in (("n", 1), ("m", 2)):
+            _check_integer(options[key], least, f"{where}: randaugment: {key}")
+            if options[key] > RANDAUGMENT_MOST[key]:
+                raise ConfigError(f"{where}: randaugment: {key} is at most {RANDAUGMENT_MOST[key]}, got {options[key]}")
     if name == "affine":
         options = _checked_affine(options, f"{where}: affine")
     if name == "erase":
@@ -244,9 +262,7 @@ def _checked_normalize(value: Any, where: str) -> tuple[tuple[float, ...], tuple
     return mean, std
 
 
-def _check_known(what: str, name: Any, known: Mapping[str, Any], planned: Sequence[str], where: str) -> None:
-    if name in planned:
-        raise ConfigError(f"{where}: {what} {name!r} is not in this version yet; available: {', '.join(known)}")
+def _check_known(what: str, name: Any, known: Mapping[str, Any], where: str) -> None:
     if name not in known:
         raise ConfigError(f"{where}: {unknown_name(what, name, known)}")
 

@@ -177,7 +177,7 @@ class Engine:
         return views[0].unsqueeze(0) if len(views) == 1 and self._stream is None else torch.stack(views)
 
     def _pipeline(self, encoded: bool, params: list[ViewParams], batch: int) -> Any:
-        plan = tuple((view.count, view.size, view.interpolation) for view in params)
+        plan = tuple((view.count, view.size, view.interpolation, view.antialias) for view in params)
         if plan != self._plan:  # another phase of the run: the memory of the old pipelines is wanted back
             self._plan = plan
             self._pipelines.clear()
@@ -242,7 +242,7 @@ def _crop_node(dali: Any, images: Any, view: ViewParams, number: int) -> Any:
         crop,
         size=given("resized", dtype=types.FLOAT),
         interp_type=types.INTERP_CUBIC if view.interpolation == "bicubic" else types.INTERP_LINEAR,
-        antialias=True,
+        antialias=view.antialias,
     )
     square = (view.size, view.size)
     crop = fn.slice(crop, start=given("offset"), shape=square, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)

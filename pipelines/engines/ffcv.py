@@ -56,6 +56,11 @@ class Engine(ThreadedEngine):
     def check(spec: ViewSpec, resize: str) -> None:
         if resize not in RESIZES:
             raise ConfigError(unknown_name("data.resize", resize, RESIZES))
+        if resize == "area" and not spec.antialias:
+            raise ConfigError(
+                f"view {spec.name!r}: data.resize: area averages pixels, which is the opposite of antialias: false; "
+                "leave data.resize: antialias"
+            )
         if resize == "area" and spec.interpolation != "bilinear":
             raise ConfigError(
                 f"view {spec.name!r}: data.resize: area averages pixels and cannot be {spec.interpolation}; "

@@ -63,6 +63,7 @@ OPERATIONS: dict[str, list[Any]] = {
     "grey": [["grey", 1.0]],
     "solarise": [["solarise", 1.0]],
     "blur": [["blur", 1.0, _BLUR]],
+    "randaugment": [["randaugment", 1.0]],
     "affine": [["affine", 1.0, {"degrees": 18, "translate": 0.1, "scale": [0.9, 1.1], "shear": 10}]],
     "erase": [["erase", 1.0]],
 }
@@ -440,10 +441,12 @@ def check_colour(bench: Bench) -> None:
                     bench.ledger.compare("colour", path.label, case, "torchvision", f"colour, {dtype}", ours, exact)
 
 
-_FLOAT_LIMITS = {SOLARISED: "colour, float, solarise", "affine": "affine, float"}
+_FLOAT_LIMITS = {SOLARISED: "colour, float, solarise", "affine": "affine, float", "randaugment": "randaugment"}
 
 
 def _pil_limit(name: str) -> str:
+    if name == "randaugment":
+        return name
     if name in ("hue", "blur", "affine"):
         return f"{name}, PIL"
     return "colour, PIL" if name in OPERATIONS else "chain, PIL"

@@ -70,6 +70,7 @@ TOLERANCES: dict[str, Tolerance] = {
                                          max=1.1, mean=0.005),
     "affine, float": Tolerance("the same transform; a pixel on the edge of the image may fall on the other side",
                                mean=0.01, above_one=0.0001),
+    "randaugment": Tolerance("PIL's operations on 8-bit levels", max=1e-4),
     "colour, fp16": Tolerance(f"{_SAME_FLOATS}, and half a unit in fp16's last place", max=0.0725),
     "colour, bf16": Tolerance(f"{_SAME_FLOATS}, and half a unit in bf16's last place", max=0.51),
     "colour, PIL": Tolerance("one rounding to 8 bits", max=1),

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.transforms.functional as tv
-from PIL import Image, ImageFilter
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
-from pipelines.draw import OpParams, ViewParams
+from pipelines.draw import RANDAUGMENT_OPS, OpParams, ViewParams
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -41,7 +41,10 @@ def pil_colour(crops: np.ndarray, ops: Iterable[OpParams]) -> np.ndarray:
     out = np.empty_like(crops)
     for at in np.ndindex(*crops.shape[:2]):
         image = Image.fromarray(crops[at])
-        image = _coloured(image, ops, at, blur=_blur_pil, solarise=_solarise_pil, affine=_affine_pil, erase=_erase_pil)
+        image = _coloured(
+            image, ops, at,
+            blur=_blur_pil, solarise=_solarise_pil, randaugment=pil_randaugment, affine=_affine_pil, erase=_erase_pil,
+        )  # fmt: skip
         out[at] = np.asarray(image)
     return out
 
@@ -49,14 +52,17 @@ def pil_colour(crops: np.ndarray, ops: Iterable[OpParams]) -> np.ndarray:
 def float_colour(crops: np.ndarray, ops: Iterable[OpParams]) -> np.ndarray:
     """The same by torchvision's functionals in float; levels (V, B, S, S, 3) float32, not rounded.
 
-    Affine is PIL's, on images of floats: what torchvision makes of tensors is another thing at their edges.
+    Affine is PIL's, on images of floats: what torchvision makes of tensors is another thing at their edges. RandAugment
+    is PIL's on levels, which is what it is defined on.
     """
     out = np.empty(crops.shape, np.float32)
     for at in np.ndindex(*crops.shape[:2]):
         planes = torch.from_numpy(crops[at]).permute(2, 0, 1).float() / 255
         planes = _coloured(
-            planes, ops, at, blur=_blur_float, solarise=tv.solarize, affine=_affine_float, erase=_erase_float
-        )
+            planes, ops, at,
+            blur=_blur_float, solarise=tv.solarize, randaugment=_randaugment_float, affine=_affine_float,
+            erase=_erase_float,
+        )  # fmt: skip
         out[at] = planes.permute(1, 2, 0).numpy() * 255
     return out
 
@@ -68,6 +74,7 @@ def _coloured(
     *,
     blur: Callable[[Any, float], Any],
     solarise: Callable[[Any, float], Any],
+    randaugment: Callable[[Any, Sequence[float]], Any],
     affine: Callable[[Any, Sequence[float]], Any],
     erase: Callable[[Any, Sequence[float]], Any],
 ) -> Any:
@@ -86,6 +93,8 @@ def _coloured(
             image = blur(image, float(op.value[at][0]))
         elif op.name == "solarise":
             image = solarise(image, float(op.value[at][0]))
+        elif op.name == "randaugment":
+            image = randaugment(image, op.value[at].tolist())
         elif op.name == "affine":
             image = affine(image, op.value[at].tolist())
         elif op.name == "erase":
@@ -118,6 +127,45 @@ def _affine_pil(image: Image.Image, matrix: Sequence[float]) -> Image.Image:
 def _affine_float(planes: Tensor, matrix: Sequence[float]) -> Tensor:
     moved = [np.asarray(_affine_pil(Image.fromarray(plane), matrix)) for plane in planes.numpy()]
     return torch.from_numpy(np.stack(moved))
+
+
+def pil_randaugment(image: Image.Image, codes: Sequence[float]) -> Image.Image:
+    """An image after the operations of `pipelines.draw.randaugment_codes`, with FixMatch's numbers for each level."""
+    for code in codes:
+        if code:
+            operation, level = divmod(int(abs(code)), 10)
+            image = pil_operation(image, RANDAUGMENT_OPS[operation - 1], level, -1 if code < 0 else 1)
+    return image
+
+
+def pil_operation(image: Image.Image, name: str, level: int, sign: int) -> Image.Image:
+    """One operation of FixMatch's pool at a level in 1 ... 9."""
+    share, width, height = level / 10, *image.size
+    if name in ("brightness", "colour", "contrast", "sharpness"):
+        enhance = getattr(ImageEnhance, "Color" if name == "colour" else name.capitalize())
+        return enhance(image).enhance(0.9 * level / 10 + 0.05)
+    if name in ("autocontrast", "equalize"):
+        return getattr(ImageOps, name)(image)
+    if name == "posterize":
+        return ImageOps.posterize(image, int(4 * share) + 4)
+    if name == "solarise":
+        return ImageOps.solarize(image, 256 - int(256 * share))
+    if name == "rotate":
+        return image.rotate(sign * 3 * level)
+    maps = {
+        "identity": (1, 0, 0, 0, 1, 0),
+        "shear_x": (1, sign * 0.3 * share, 0, 0, 1, 0),
+        "shear_y": (1, 0, 0, sign * 0.3 * share, 1, 0),
+        "translate_x": (1, 0, sign * int(0.3 * level / 10 * width), 0, 1, 0),
+        "translate_y": (1, 0, 0, 0, 1, sign * int(0.3 * level / 10 * height)),
+    }
+    return image.transform(image.size, Image.Transform.AFFINE, maps[name])
+
+
+def _randaugment_float(planes: Tensor, codes: Sequence[float]) -> Tensor:
+    levels = (planes * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    made = np.array(pil_randaugment(Image.fromarray(levels), codes))
+    return torch.from_numpy(made).permute(2, 0, 1) / 255
 
 
 def _erase_pil(image: Image.Image, values: Sequence[float]) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import functools
 
 import numpy as np
@@ -10,11 +11,14 @@ import torch
 import torchvision.transforms.functional as tv
 from PIL import Image
 
+from pipelines import colour, kernels
 from pipelines.colour import colour_cpu, colour_torch
-from pipelines.draw import JITTER_OPS, draw, inverse_affine
+from pipelines.draw import JITTER_OPS, RANDAUGMENT_OPS, draw, inverse_affine, randaugment_codes
 from pipelines.pool import Pool
 from pipelines.views import ViewSpec
+from relssl.bench.parity_references import pil_operation, pil_randaugment
 from tests.pipelines.test_crop import smooth_images
+from tests.relssl import golden
 
 STRONG = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.4}
 OPS = {
@@ -23,6 +27,9 @@ OPS = {
     "blur": ["blur", 0.7, {"sigma": [0.1, 2.0]}],
     "solarise": ["solarise", 0.5],
     "affine": ["affine", 0.6, {"degrees": 18, "translate": 0.1, "scale": [0.9, 1.1], "shear": 10}],
+    "jitter_byol": ["jitter_byol", 0.8, STRONG],
+    "blur_byol": ["blur", 0.7, {"sigma": [0.1, 2.0], "kernel": "byol"}],
+    "randaugment": ["randaugment", 0.7],
     "erase": ["erase", 0.6, {"value": -0.3}],
 }
 ADJUST = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
@@ -100,6 +107,229 @@ def test_order_of_the_operations_matters_and_is_kept(ours):
     images = smooth_images(4, 32, 32)
     out = ours(images, first)  # grey first: a hue has nothing left to turn
     assert (out[..., 0] - out[..., 1]).abs().max() < 1e-6
+
+
+# -- BYOL's dialect
+
+ORIGINAL = golden.load("relicv2_augment")
+SHAPE = ORIGINAL["image"].shape  # height, width, 3
+SQUARE = max(SHAPE)
+
+
+def by_kernels(name, image, value, sums):
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1)).reshape(3, -1)
+    value = np.float32(value)
+    if name == "brightness":
+        kernels._added_brightness(planes, value)
+    elif name == "contrast":
+        kernels._channel_contrast(planes, value, np.empty(sums, np.float32))
+    elif name == "saturation":
+        kernels._hsv_saturation(planes, value)
+    elif name == "hue":
+        kernels._hue(planes, value)
+    elif name == "grayscale":
+        kernels._grey(planes)
+    elif name == "solarize":
+        kernels._solarise(planes, value)
+    else:
+        side = image.shape[0]
+        spare, border = np.empty(3 * side * side, np.float32), np.empty(4 * side, np.float32)
+        kernels._blur(planes, side, value, BLUR_TAPS, spare, border)
+    return planes.reshape(3, *image.shape[:2]).transpose(1, 2, 0)
+
+
+def by_torch(name, image, value, sums):
+    x = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0).contiguous()
+    values = {
+        "brightness": (1, 0, value),
+        "contrast": (value, 1 - value, 0),
+        "saturation": (0, 0, value),
+        "hue": (0, 0, 0, value),
+        "blur": (value, BLUR_TAPS),
+    }.get(name, (value,))
+    function = {
+        "brightness": colour._channel_linear,
+        "contrast": colour._channel_linear,
+        "saturation": colour._hsv_saturation,
+        "hue": colour._hue,
+        "grayscale": colour._grey,
+        "solarize": colour._solarise,
+        "blur": colour._blur,
+    }[name]
+    return function(x, torch.tensor([values], dtype=torch.float32))[0].permute(1, 2, 0).numpy()
+
+
+BLUR_TAPS = 2 * int(ORIGINAL["blur_kernel_size_arg"] / 2) + 1
+
+
+@pytest.mark.parametrize("way", [by_kernels, by_torch])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("brightness", ORIGINAL["brightness_deltas"]),
+        ("contrast", ORIGINAL["contrast_factors"]),
+        ("saturation", ORIGINAL["saturation_factors"]),
+        ("hue", ORIGINAL["hue_deltas"]),
+        ("blur", ORIGINAL["blur_sigmas"]),
+        ("grayscale", [0.0]),
+        ("solarize", [ORIGINAL["solarize_threshold"]]),
+    ],
+)
+def test_byols_pieces_are_the_originals(name, values, way):
+    """From one image of floats; the clip that ends each step of the jitter is applied to both."""
+    expected = ORIGINAL[name] if ORIGINAL[name].ndim == 4 else ORIGINAL[name][None]
+    assert len(expected) == len(values)
+    image = ORIGINAL["image"]
+    if name == "blur":  # of squares: black beside an image is what lies around it
+        image = np.zeros((SQUARE, SQUARE, 3), np.float32)
+        image[: SHAPE[0], : SHAPE[1]] = ORIGINAL["image"]
+    for value, theirs in zip(values, expected, strict=True):
+        found = way(name, image, float(value), SHAPE[1])[: SHAPE[0], : SHAPE[1]]
+        assert np.abs(found - np.clip(theirs, 0, 1)).max() <= 2e-6
+        assert np.abs(theirs - ORIGINAL["image"]).max() > 0.01  # it was something
+
+
+def byol_step(x, kind, value):
+    """One step of the jitter on an image (S, S, 3) of doubles, by the formulas of the specification."""
+    if kind == 0:
+        x = x + value
+    elif kind == 1:
+        mean = x.mean((0, 1))
+        x = value * (x - mean) + mean
+    else:
+        hsv = np.array([colorsys.rgb_to_hsv(*pixel) for pixel in x.reshape(-1, 3)])
+        if kind == 2:
+            hsv[:, 1] = np.clip(hsv[:, 1] * value, 0, 1)
+        else:
+            hsv[:, 0] = (hsv[:, 0] + value) % 1
+        x = np.array([colorsys.hsv_to_rgb(*pixel) for pixel in hsv]).reshape(x.shape)
+    return np.clip(x, 0, 1)
+
+
+def test_byols_jitter_takes_its_steps_in_the_samples_order(ours):
+    """All four, clipped after each, in every order; against one image at a time in float64."""
+    spec = ViewSpec("a", 12, ops=[["jitter_byol", 0.8, STRONG]], normalize=None)
+    images = smooth_images(96, 12, 12)
+    images[0] = 0
+    images[1] = 255
+    images[2] = np.arange(144, dtype=np.uint8).reshape(12, 12, 1)
+    params = drawn(spec, len(images), 12)
+    (op,) = params.ops
+    op.apply[0, :3] = True
+    assert len(np.unique(op.order[0], axis=0)) == 24
+    found = ours(images, spec, params).numpy()
+    for i, image in enumerate(images):
+        x = image / 255
+        if op.apply[0, i]:
+            for kind in op.order[0, i]:
+                x = byol_step(x, kind, float(op.value[0, i, kind]))
+        assert np.abs(found[i] - x).max() <= 1e-5, i
+    assert not op.apply.all()
+
+
+@pytest.mark.parametrize("size", [1, 7, 19, 20, 64, 121])
+def test_byols_blur_darkens_the_borders(ours, size):
+    """A tenth of the side long, and black outside: against the same sums written out."""
+    spec = ViewSpec("a", size, ops=[["blur", 1.0, {"sigma": [0.5, 9.0], "kernel": "byol"}]], normalize=None)
+    images = np.maximum(smooth_images(6, size, size), 1)
+    params = drawn(spec, len(images), size)
+    radius = int(size / 10 / 2)
+    for i, image in enumerate(images):
+        at = np.arange(-radius, radius + 1)
+        weight = np.exp(-0.5 * (at / params.ops.value[0, i, 0, 0].astype(float)) ** 2)
+        weight /= weight.sum()
+        x = np.pad(image / 255, ((radius, radius), (radius, radius), (0, 0)))
+        x = sum(w * x[k : k + size] for k, w in enumerate(weight))
+        x = sum(w * x[:, k : k + size] for k, w in enumerate(weight))
+        assert np.abs(ours(images, spec, params)[i].numpy() - x).max() <= 2e-6
+    white = ours(np.full_like(images, 255), spec, params)
+    assert (white[:, 0] < 0.9).all() if radius else (white > 0.999999).all()
+
+
+# -- RandAugment
+
+UNEVEN = [("identity", 1, 1), ("autocontrast", 5, 1), ("equalize", 5, 1)]  # their level means nothing
+EVERY_LEVEL = [
+    *UNEVEN,
+    *[(name, level, 1) for name in RANDAUGMENT_OPS for level in range(1, 10) if name not in {u[0] for u in UNEVEN}],
+    *[(n, level, -1) for n in RANDAUGMENT_OPS for level in range(1, 10) if n.startswith(("rot", "shear", "trans"))],
+]
+
+
+def augmented_pictures(size):
+    """Smooth, noisy, dark, of few levels, with one bright pixel, of one level, and of two."""
+    rng = np.random.default_rng(size)
+    smooth = smooth_images(2, size, size, seed=3)
+    noise = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+    dark, few = noise // 5 + 30, noise // 64 * 60 + 7
+    lonely, even = np.full_like(noise, 9), np.full_like(noise, 77)
+    lonely[0, -1] = (255, 10, 200)
+    two = np.where(noise > 200, np.uint8(99), np.uint8(12))
+    return np.stack([*smooth, noise, dark, few, lonely, even, two])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 32, 90])
+def test_each_operation_of_randaugment_is_pils_to_the_bit(ours, size):
+    pictures = augmented_pictures(size)
+    spec = ViewSpec("a", size, ops=[["randaugment", 1.0]], normalize=None)
+    images = np.repeat(pictures, len(EVERY_LEVEL), axis=0)
+    params = drawn(spec, len(images), size)
+    value = params.ops.value[0, :, 0]
+    value[:] = 0
+    value[:, 2] = np.tile(
+        [randaugment_codes(RANDAUGMENT_OPS.index(name), level, sign < 0) for name, level, sign in EVERY_LEVEL],
+        len(pictures),
+    )
+    found = ours(images, spec, params).numpy() * 255
+    at = 0
+    for picture in pictures:
+        for name, level, sign in EVERY_LEVEL:
+            theirs = np.array(pil_operation(Image.fromarray(picture), name, level, sign))
+            assert np.abs(found[at] - theirs).max() <= 1e-4, (name, level, sign)
+            at += 1
+
+
+def test_randaugments_levels_are_those_of_the_specification():
+    """What `pil_operation` asks of PIL, by hand."""
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2))
+    array = np.array(ramp)
+    assert len(np.unique(pil_operation(ramp, "posterize", 2, 1))) == 16
+    assert len(np.unique(pil_operation(ramp, "posterize", 9, 1))) == 128
+    assert np.array(pil_operation(ramp, "solarise", 9, 1)).max() == 229  # 256 - 230 = 26 and more are inverted
+    assert np.array(pil_operation(ramp, "solarise", 1, 1)).max() == 230  # 256 - 25 = 231
+    assert np.array(pil_operation(ramp, "brightness", 5, 1)).max() == 127  # 0.5
+    assert np.array(pil_operation(ramp, "brightness", 9, 1)).max() == 219  # 0.86
+    left = np.array(pil_operation(ramp, "translate_x", 9, 1))  # 0.27 of 16 pixels
+    assert (left[:, :12] == array[:, 4:]).all()
+    assert (left[:, 12:] == 0).all()
+    down = np.array(pil_operation(ramp, "translate_y", 3, -1))
+    assert (down[1:] == array[:15]).all()
+    assert (down[0] == 0).all()
+    sheared = np.array(pil_operation(ramp, "shear_x", 9, -1))
+    assert (sheared[-1, :4] == 0).all()  # 0.27 times 15.5 pixels
+    assert (sheared[-1, 4:] == array[-1, :12]).all()
+    turned = np.array(pil_operation(ramp.resize((101, 101)), "rotate", 9, 1))
+    assert (turned[0, 0] == 0).all()  # by 27 degrees: a corner is beyond the edge
+
+
+@pytest.mark.parametrize("before", [[], [OPS["jitter"], OPS["grey"], OPS["blur"]]], ids=["alone", "after colours"])
+def test_randaugment_is_pils_on_rounded_images(ours, before):
+    size = 40
+    images, op = smooth_images(96, size, size), ["randaugment", 0.8]
+    spec = ViewSpec("a", size, ops=[*before, op], normalize=None)
+    params = drawn(spec, len(images), size)
+    plain = ours(images, ViewSpec("a", size, ops=before, normalize=None)).numpy()
+    found = ours(images, spec, params).numpy() * 255
+    (*_, drawn_op) = params.ops
+    assert (drawn_op.value[..., 5] == 0).all()
+    for i in range(len(images)):
+        if not drawn_op.apply[0, i]:
+            assert np.abs(found[i] - plain[i] * 255).max() <= 1e-4
+            continue
+        rounded = Image.fromarray((plain[i] * np.float32(255) + np.float32(0.5)).clip(0, 255).astype(np.uint8))
+        theirs = np.array(pil_randaugment(rounded, drawn_op.value[0, i]))
+        assert np.abs(found[i] - theirs).max() <= 1e-4
+    assert not drawn_op.apply.all()
 
 
 @pytest.mark.parametrize("size", [1, 2, 32, 33, 96])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.functional as tv
 from PIL import Image
 
@@ -84,6 +87,67 @@ def test_bicubic_is_pils_nearly_everywhere(height, width):
         difference = np.abs(ours - pil_crops(images, params))
         assert difference.mean() <= 0.25, way
         assert (difference > 1).mean() <= 0.001, way
+
+
+def plain_weights(n_in, n_out, cubic):
+    """(n_out, n_in) of TensorFlow's resize: centres of pixels at halves, Keys' cubic with a = -1/2 over four neighbours
+    or the triangle over two, those beyond the edge left out and the others made to add up to one."""
+    weights = np.zeros((n_out, n_in))
+    for o in range(n_out):
+        place = (o + 0.5) * n_in / n_out - 0.5
+        first = int(np.floor(place)) - (1 if cubic else 0)
+        for tap in range(first, first + (4 if cubic else 2)):
+            x = abs(place - tap)
+            if not cubic:
+                weight = 1 - x
+            elif x <= 1:
+                weight = 1.5 * x**3 - 2.5 * x**2 + 1
+            else:
+                weight = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+            if 0 <= tap < n_in:
+                weights[o, tap] = weight
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [3, 24, 96])
+@pytest.mark.parametrize("box", [{"byol": {"scale": [0.08, 1.0]}}, {"byol_center": {}}, {"whole": {}}], ids=str)
+def test_crops_without_antialiasing_are_tensorflows(interpolation, size, box):
+    """By the definition in float64, on noise, where a wider filter would show; a reduction by 30 among them."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 96, 70, 3), dtype=np.uint8)
+    spec = ViewSpec("a", size, count=2, box=box, interpolation=interpolation, antialias=False, flip=0.5)
+    params = drawn(spec, len(images), 96, 70)
+    theirs = np.empty((2, len(images), size, size, 3))
+    for v, i in np.ndindex(2, len(images)):
+        top, left, h, w = params.box[v, i].tolist()
+        crop = images[i, top : top + h, left : left + w].astype(float)
+        rows, columns = (plain_weights(n, size, interpolation == "bicubic") for n in (h, w))
+        resized = (rows @ crop.transpose(2, 0, 1) @ columns.T).transpose(1, 2, 0)
+        theirs[v, i] = resized[:, ::-1] if params.flip[v, i] else resized
+    for way, ours in all_ways(images, params).items():
+        assert np.abs(ours - theirs.clip(0, 255)).max() <= 0.5 + 1e-3, way
+
+
+@pytest.mark.parametrize("size", [16, 64, 150])
+def test_bilinear_crops_without_antialiasing_are_torchs(size):
+    images = smooth_images(6, 96, 70)
+    spec = ViewSpec("a", size, box={"whole": {}}, antialias=False)
+    planes = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    theirs = F.interpolate(planes, (size, size), mode="bilinear", align_corners=False).permute(0, 2, 3, 1).numpy()
+    for way, ours in all_ways(images, drawn(spec, 6, 96, 70)).items():
+        assert np.abs(ours[0] - theirs).max() <= 0.5 + 1e-3, way
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_antialiasing_changes_nothing_where_nothing_is_reduced(interpolation):
+    images = smooth_images(6, 30, 40)
+    specs = [ViewSpec("a", 64, antialias=antialias, interpolation=interpolation) for antialias in (True, False)]
+    smooth, plain = (all_ways(images, drawn(spec, 6, 30, 40)) for spec in specs)
+    for way, ours in smooth.items():
+        assert (ours == plain[way]).all(), way
+    less, plain = (all_ways(images, drawn(dataclasses.replace(s, size=8), 6, 30, 40)) for s in specs)
+    for way, ours in less.items():
+        assert np.abs(ours - plain[way]).mean() > 2, way
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1), (torch.bfloat16, 2)])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import ColorJitter, RandomAffine, RandomCrop, RandomErasing, RandomResizedCrop
 from torchvision.transforms.functional import _get_inverse_affine_matrix
 
-from pipelines.draw import JITTER_OPS, Stream, check_sizes, counter_hash, draw, inverse_affine
+from pipelines.draw import JITTER_OPS, RANDAUGMENT_OPS, Stream, check_sizes, counter_hash, draw, inverse_affine
 from pipelines.errors import ConfigError
 from pipelines.views import ViewSpec
 
@@ -30,9 +30,20 @@ PLAN = [
     ),
 ]
 AFFINE = {"degrees": 18, "translate": 0.1, "scale": [0.9, 1.1], "shear": 10}
+BYOL = ViewSpec(
+    "byol",
+    224,
+    box={"byol": {"scale": [0.08, 1.0]}},
+    flip=0.5,
+    ops=[
+        ["jitter_byol", 0.8, {"brightness": 0.4, "contrast": 0.3, "saturation": 0.2, "hue": 0.1}],
+        ["blur", 0.1, {"sigma": [0.1, 2.0], "kernel": "byol"}],
+    ],
+)
+AUGMENTED = ViewSpec("augmented", 24, ops=[["grey", 0.2], ["randaugment", 0.9], ["blur", 0.5, {"sigma": [1, 2]}]])
 PADDED = ViewSpec("padded", 24, box={"pad_crop": {"padding": 12}}, flip=0.5)  # of images of any size
 WARPED = ViewSpec("warped", 24, flip=0.5, ops=[["affine", 0.5, AFFINE], ["grey", 0.2], ["erase", 0.5]])
-EVERY = [*PLAN, PADDED, WARPED]
+EVERY = [*PLAN, PADDED, WARPED, BYOL, AUGMENTED]
 
 
 def draw_sized(plan, n, *, height, width, seed=0, epoch=0, first=0):
@@ -80,6 +91,10 @@ def test_boxes_lie_inside_the_image(height, width, seed):
         ViewSpec("all", 8, box={"whole": {}}),
         ViewSpec("wide", 8, box={"random_resized": {"ratio": [3.0, 4.0]}}),
         ViewSpec("narrow", 8, box={"random_resized": {"ratio": [0.1, 0.3]}}),
+        ViewSpec("byol", 8, box={"byol": {}}),
+        ViewSpec("byol_wide", 8, box={"byol": {"scale": [1e-6, 1.0], "ratio": [0.1, 10.0]}}),
+        ViewSpec("byol_center", 8, box={"byol_center": {}}),
+        ViewSpec("byol_point", 8, box={"byol_center": {"share": 0.001}}),
     ]
     for params in draw_sized(plan, 16, height=height, width=width, seed=seed):
         top, left, h, w = np.moveaxis(params.box, -1, 0)
@@ -117,7 +132,13 @@ def test_a_view_is_drawn_by_its_number_however_it_is_listed():
 
 def test_adding_an_op_leaves_earlier_draws_alone():
     short = draw_sized([ViewSpec("a", 16, ops=[["jitter", 0.8, JITTER]])], 50, height=30, width=30)[0]
-    for added in (["grey", 0.5], ["affine", 0.5, AFFINE], ["erase", 0.5]):
+    for added in (
+        ["grey", 0.5],
+        ["affine", 0.5, AFFINE],
+        ["erase", 0.5],
+        ["jitter_byol", 0.5, JITTER],
+        ["randaugment", 0.5],
+    ):
         long = draw_sized([ViewSpec("a", 16, ops=[["jitter", 0.8, JITTER], added])], 50, height=30, width=30)[0]
         assert (short.box == long.box).all()
         assert (short.ops.value[:, :, 0] == long.ops.value[:, :, 0]).all()
@@ -142,6 +163,82 @@ def test_random_resized_crops_are_distributed_as_torchvisions(height, width):
         error = 5 * np.sqrt((a.var() + b.var()) / n) + 1e-9
         assert abs(a.mean() - b.mean()) < error, name
         assert abs(a.std() - b.std()) < 2 * error, name
+
+
+def boxes_of_byol(rng, n, height, width, scale, ratio):
+    """The specification, one box at a time: one try, rounded, cut down to the image, anywhere in it."""
+    boxes = np.empty((n, 4))
+    for i in range(n):
+        area = rng.uniform(*scale) * height * width
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w = min(round(math.sqrt(area * aspect)), width)
+        h = min(round(math.sqrt(area / aspect)), height)
+        boxes[i] = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1), h, w
+    return boxes
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (32, 32), (50, 400)])
+def test_byols_boxes_are_distributed_as_specified(height, width):
+    n = 20_000
+    ours = draw_sized([BYOL], n, height=height, width=width)[0].box[0].astype(float)
+    theirs = boxes_of_byol(np.random.default_rng(0), n, height, width, (0.08, 1.0), (3 / 4, 4 / 3))
+    found = [np.column_stack([b[:, :2] + b[:, 2:] / 2, b[:, 2:], np.log(b[:, 3] / b[:, 2])]) for b in (ours, theirs)]
+    assert_distributed_alike(*found, ("centre y", "centre x", "height", "width", "log ratio"))
+    for axis, side in ((2, height), (3, width)):  # how many were cut down: there is no second try
+        assert abs((ours[:, axis] == side).mean() - (theirs[:, axis] == side).mean()) < 0.02
+    assert (ours[:, 2] == height).mean() > 0.03
+    for axis, side in ((0, height), (1, width)):  # every place, the first and the last
+        room = side - ours[:, 2 + axis]
+        assert (ours[room > 0, axis] == 0).any()
+        assert (ours[room > 0, axis] == room[room > 0]).any()
+
+
+def test_the_ratio_of_byols_boxes_is_width_over_height():
+    spec = ViewSpec("a", 24, box={"byol": {"scale": [0.1, 0.1], "ratio": [2, 3]}})
+    box = draw_sized([spec], 2000, height=400, width=400)[0].box[0].astype(float)
+    ratio = box[:, 3] / box[:, 2]
+    assert abs(np.log(ratio).mean() - math.log(6) / 2) < 0.01
+    assert 1.95 < ratio.min() < 2.02
+    assert 2.95 < ratio.max() < 3.05
+
+
+def test_byols_central_box():
+    """From the formulas of the original's evaluation, by hand; the rest is resized."""
+    for height, width, share, box in [
+        (500, 375, 0.875, (86, 24, 328, 328)),  # 328.125; 172 / 2 = 86, 47 / 2 up
+        (375, 500, 0.875, (24, 86, 328, 328)),
+        (256, 256, 0.875, (16, 16, 224, 224)),
+        (1, 7, 0.875, (0, 3, 1, 1)),
+        (33, 40, 1.0, (0, 4, 33, 33)),
+    ]:
+        spec = ViewSpec("test", 224, box={"byol_center": {"share": share}})
+        params = draw_sized([spec], 1, height=height, width=width)[0]
+        assert tuple(params.box[0, 0]) == box
+        assert tuple(params.resized[0, 0]) == (224, 224)
+        assert tuple(params.offset[0, 0]) == (0, 0)
+
+
+def test_byols_jitter_is_distributed_as_specified():
+    n = 20_000
+    jitter, blur = draw_sized([BYOL], n, height=32, width=32)[0].ops
+    for i, (low, high) in enumerate([(-0.4, 0.4), (0.7, 1.3), (0.8, 1.2), (-0.1, 0.1)]):
+        a = jitter.value[0, :, i]
+        width = high - low
+        assert low <= a.min() < low + 0.01 * width
+        assert high - 0.01 * width < a.max() <= high
+        assert abs(a.mean() - (low + high) / 2) < 5 * width / math.sqrt(12 * n)
+        assert abs(a.std() - width / math.sqrt(12)) < 0.01 * width
+    assert abs(np.corrcoef(jitter.value[0, :, :4].T) - np.eye(4)).max() < 0.05
+    orders, counts = np.unique(jitter.order[0], axis=0, return_counts=True)
+    assert len(orders) == 24
+    assert abs(counts / n - 1 / 24).max() < 0.01
+    assert abs(jitter.apply.mean() - 0.8) < 0.02
+    assert abs(blur.apply.mean() - 0.1) < 0.02
+    assert (blur.value[..., 1] == 23).all()
+    for size, taps in ((96, 9), (32, 3), (19, 1), (160, 17)):
+        spec = ViewSpec("a", size, ops=[["blur", 1, {"sigma": [0.1, 2.0], "kernel": "byol"}]])
+        (op,) = draw_sized([spec], 5, height=32, width=32)[0].ops
+        assert (op.value[..., 1] == taps).all()
 
 
 @pytest.mark.parametrize(("height", "width", "size", "padding"), [(32, 32, 32, 4), (20, 50, 24, 3), (96, 96, 90, 0)])
@@ -292,6 +389,39 @@ def test_jitter_is_distributed_as_torchvisions():
     assert len(orders) == 24
     assert abs(counts / n - 1 / 24).max() < 0.01
     assert abs(op.apply.mean() - 0.8) < 0.02
+
+
+def test_randaugment_is_distributed_as_specified():
+    """Five of fourteen operations with replacement, levels 1 ... 9, applied half of the time, either sign: all alike,
+    and independent of each other."""
+    n = 50_000
+    _, op, _ = draw_sized([AUGMENTED], n, height=32, width=32)[0].ops
+    assert abs(op.apply.mean() - 0.9) < 0.01
+    assert (op.value[..., 5] == 0).all()
+    codes = op.value[0, :, :5].astype(int)
+    assert (codes == op.value[0, :, :5]).all()
+    for drawn in codes.T:
+        assert abs((drawn == 0).mean() - 0.5) < 5 * math.sqrt(0.25 / n)
+        kinds = len(RANDAUGMENT_OPS) * 9 * 2
+        found, counts = np.unique(drawn[drawn != 0], return_counts=True)
+        assert len(found) == kinds
+        assert set(abs(found) // 10) == set(range(1, 15))
+        assert set(abs(found) % 10) == set(range(1, 10))
+        expected = n / 2 / kinds
+        assert abs(counts - expected).max() < 5.5 * math.sqrt(expected)
+    assert abs(np.corrcoef((codes != 0).T) - np.eye(5)).max() < 0.03
+    assert abs(np.corrcoef(abs(codes).T // 10) - np.eye(5)).max() < 0.03
+    twice = codes[(codes[:, 0] != 0) & (codes[:, 1] != 0)]
+    assert abs((abs(twice[:, 0]) // 10 == abs(twice[:, 1]) // 10).mean() - 1 / 14) < 0.015
+
+
+def test_randaugment_of_other_numbers():
+    spec = ViewSpec("a", 24, ops=[["randaugment", 1, {"n": 2, "m": 4}]])
+    (op,) = draw_sized([spec], 2000, height=32, width=32)[0].ops
+    assert set(np.unique(abs(op.value[0, :, :2]) % 10)) == {0, 1, 2, 3}
+    assert (op.value[0, :, 2:] == 0).all()
+    (most,) = draw_sized([ViewSpec("a", 24, ops=[["randaugment", 1, {"n": 6}]])], 50, height=9, width=9)[0].ops
+    assert most.value[..., 5].any()
 
 
 def test_probabilities_and_ranges():

@@ -19,11 +19,16 @@ OPS = [
     ["blur", 0.5, {"sigma": [0.1, 2.0]}],
 ]
 WARPED = [["affine", 0.5, {"degrees": 18, "translate": 0.1, "scale": [0.9, 1.1], "shear": 10}], ["erase", 0.5]]
+BYOL = [
+    ["jitter_byol", 0.8, {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}],
+    ["blur", 0.5, {"sigma": [0.1, 2.0], "kernel": "byol"}],
+]
 PLAN = [
     ViewSpec("a", 48, count=2, flip=0.5, ops=OPS),
     ViewSpec("b", 32, flip=0.5),
-    ViewSpec("c", 72, box={"pad_crop": {"padding": 9}}, flip=0.5),
+    ViewSpec("c", 72, box={"pad_crop": {"padding": 9}}, flip=0.5, ops=[["randaugment", 0.5]]),
     ViewSpec("d", 48, flip=0.5, ops=WARPED),
+    ViewSpec("e", 48, box={"byol": {}}, flip=0.5, ops=BYOL, interpolation="bicubic", antialias=False),
 ]
 ENGINES = ["resident", "torchvision", pytest.param("ffcv", marks=pytest.mark.ffcv)]
 
@@ -39,18 +44,18 @@ def views(data, device, **options):
     """All views of an epoch on the CPU, by name."""
     with ViewLoader(data, [(None, PLAN)], global_batch=8, device=device, **options) as loader:
         batches = list(loader)
-    return {name: torch.cat([b.stacked(name).float().cpu() for b in batches]) for name in "abcd"}
+    return {name: torch.cat([b.stacked(name).float().cpu() for b in batches]) for name in "abcde"}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_views_are_those_of_the_cpu(data, engine):
     """A crop may differ by one level where it is rounded; colours then carry that on."""
     here, there = (views(data, device, engine=engine) for device in ("cpu", "cuda"))
-    for name in "abcd":
+    for name in "abcde":
         difference = (here[name] - there[name]).abs() * 255 * 0.225
         assert difference.mean() <= 0.2, name
     assert ((here["b"] - there["b"]).abs() * 255 * 0.225).max() <= 1.01  # no colours
-    assert (here["c"] - there["c"]).abs().max() <= 1e-5  # nor a resize
+    assert (here["c"] - there["c"]).abs().max() <= 1e-5  # nor a resize; whole levels
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

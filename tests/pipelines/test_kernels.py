@@ -31,10 +31,13 @@ OPS = [
     ["grey", 0.2],
     ["blur", 0.7, {"sigma": [0.1, 2.0]}],
     ["solarise", 0.3],
+    ["jitter_byol", 0.6, {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}],
+    ["blur", 0.5, {"sigma": [0.1, 2.0], "kernel": "byol"}],
     ["affine", 0.5, {"degrees": 30, "translate": 0.2, "scale": [0.7, 1.4], "shear": [-20, 20, -20, 20]}],
+    ["randaugment", 0.7],
     ["erase", 0.5],
 ]
-RANDOM, PADDED = {"random_resized": {}}, {"pad_crop": {"padding": 15}}
+RANDOM, PADDED, BYOL = {"random_resized": {}}, {"pad_crop": {"padding": 15}}, {"byol": {}}
 
 
 def digests() -> list[str]:
@@ -42,9 +45,16 @@ def digests() -> list[str]:
     images = smooth_images(8, 90, 120)
     index, heights, widths = np.arange(8), np.full(8, 90), np.full(8, 120)
     found = []
-    for box, interpolation in ((RANDOM, "bilinear"), (RANDOM, "bicubic"), (PADDED, "bilinear")):
+    for box, interpolation, antialias in (
+        (RANDOM, "bilinear", True),
+        (RANDOM, "bicubic", True),
+        (PADDED, "bilinear", True),
+        (BYOL, "bilinear", False),
+        (BYOL, "bicubic", False),
+    ):
         for size in (16, 50, 112):
-            spec = ViewSpec("a", size, count=2, box=box, interpolation=interpolation, flip=0.5, ops=OPS)
+            how = {"interpolation": interpolation, "antialias": antialias}
+            spec = ViewSpec("a", size, count=2, box=box, flip=0.5, ops=OPS, **how)
             params = draw([spec], seed=0, epoch=0, index=index, heights=heights, widths=widths)[0]
             small = np.empty((2, 8, size, size, 3), np.uint8)
             crop_small(images, index, params, small)

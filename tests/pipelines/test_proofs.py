@@ -30,12 +30,18 @@ SIDE, COUNT = 64, 22
 CROP = {"random_resized": {"scale": [0.2, 1.0]}}
 JITTER = ["jitter", 0.8, {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}]
 STRONG = [JITTER, ["grey", 0.2], ["blur", 0.5, {"sigma": [0.1, 2.0]}], ["solarise", 0.3, {"threshold": 0.5}]]
-WARPED = [["affine", 0.5, {"degrees": 18, "translate": 0.1, "scale": [0.9, 1.1], "shear": 10}], ["erase", 0.5]]
+AFFINE = {"degrees": 18, "translate": 0.1, "scale": [0.9, 1.1], "shear": 10}
+WARPED = [["randaugment", 0.8], ["affine", 0.5, AFFINE], ["erase", 0.5]]
+BYOL = [
+    ["jitter_byol", 0.8, {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}],
+    ["blur", 0.5, {"sigma": [0.1, 2.0], "kernel": "byol"}],
+]
 ONE = [ViewSpec("teacher", 32, box=CROP, flip=0.5)]
 MANY = [
     ViewSpec("teacher", 32, count=2, box=CROP, flip=0.5, ops=STRONG),
     ViewSpec("student", 24, count=3, box=CROP, flip=0.5, ops=STRONG[:2], interpolation="bicubic"),
     ViewSpec("whole", 16, box={"center": {"resize": 20}}),
+    ViewSpec("large", 40, box={"byol": {}}, flip=0.5, ops=BYOL, interpolation="bicubic", antialias=False),
     ViewSpec("padded", 60, box={"pad_crop": {"padding": 6}}, flip=0.5, ops=WARPED),
 ]
 

@@ -36,10 +36,15 @@ def test_a_spec_from_a_recipe():
         ({"name": "Student 1"}, "lower-case"),
         ({"flip": 1.5}, r"flip is a number in \[0, 1\], got 1.5"),
         ({"interpolation": "nearest"}, "bilinear, bicubic"),
-        ({"antialias": False}, "without antialiasing"),
+        ({"antialias": 0}, "antialias is true or false, got 0"),
         ({"mask_p": 0.1}, "saliency masks"),
         ({"box": {"random_resize": {}}}, "did you mean 'random_resized'"),
-        ({"box": {"byol": {}}}, "'byol' is not in this version yet"),
+        ({"box": {"byol": {"scale": [0, 1]}}}, r"scale is \[low, high\]"),
+        ({"box": {"byol": {"scale": [0.2, 1.2]}}}, "at most 1"),
+        ({"box": {"byol": {"ratio": [2, 1]}}}, r"ratio is \[low, high\]"),
+        ({"box": {"byol_center": {"share": 1.1}}}, r"share of the short side is a number in \(0, 1\], got 1.1"),
+        ({"box": {"byol_center": {"share": 0}}}, "share of the short side"),
+        ({"box": {"byol_center": {"share": "7/8"}}}, "share of the short side"),
         ({"box": {"random_resized": {"scale": [0.5, 0.2]}}}, r"scale is \[low, high\]"),
         ({"box": {"random_resized": {"scale": [0.2, 1.2]}}}, "at most 1"),
         ({"box": {"center": {}}}, "resize must be given"),
@@ -48,10 +53,17 @@ def test_a_spec_from_a_recipe():
         ({"box": {"pad_crop": {"padding": -1}}}, "padding is a whole number of at least 0, got -1"),
         ({"box": {"pad_crop": {"padding": 32}}}, "set padding to at most 31"),
         ({"ops": [["jiter", 1]]}, "did you mean 'jitter'"),
-        ({"ops": [["randaugment", 1]]}, "'randaugment' is not in this version yet"),
+        ({"ops": [["randaugment", 1, {"n": 7}]]}, "randaugment: n is at most 6, got 7"),
+        ({"ops": [["randaugment", 1, {"n": 0}]]}, "randaugment: n is a whole number of at least 1, got 0"),
+        ({"ops": [["randaugment", 1, {"m": 11}]]}, "randaugment: m is at most 10, got 11"),
+        ({"ops": [["randaugment", 1, {"m": 1}]]}, "randaugment: m is a whole number of at least 2, got 1"),
         ({"ops": [["blur", 0.5]]}, "sigma must be given"),
         ({"ops": [["jitter", 1, {"hue": 0.6}]]}, r"strength in \[0, 0.5\], got 0.6"),
         ({"ops": [["jitter", 1, {"brightness": float("inf")}]]}, r"strength in \[0, inf\], got inf"),
+        ({"ops": [["jitter_byol", 1, {"hue": 0.6}]]}, r"jitter_byol: hue is a strength in \[0, 0.5\], got 0.6"),
+        ({"ops": [["jitter_byol", 1, {"brightness": 1.5}]]}, r"brightness is a strength in \[0, 1.0\], got 1.5"),
+        ({"ops": [["jitter_byol", 1, {"contrast": -1}]]}, r"contrast is a strength in \[0, inf\], got -1"),
+        ({"ops": [["blur", 1, {"sigma": [1, 2], "kernel": 23}]]}, "kernel is one of torchvision, byol, got 23"),
         ({"ops": [["affine", 1]]}, "degrees must be given"),
         ({"ops": [["affine", 1, {"degrees": -5}]]}, "affine: degrees is a number x .* at most 360 degrees, got -5"),
         ({"ops": [["affine", 1, {"degrees": [5, -5]}]]}, "degrees is a number x"),
@@ -92,6 +104,17 @@ def test_the_finetune_views_of_relational_reasoning():
     both = ViewSpec("a", 8, ops=[["affine", 1, {"degrees": [0, 5], "shear": [1, 2, -3, 4], "translate": [0.1, 0.2]}]])
     ranges = {"degrees": (0, 5), "translate": (0.1, 0.2), "scale": (1, 1), "shear": (1, 2, -3, 4)}
     assert both.ops[0] == ("affine", 1.0, ranges)
+
+
+def test_the_views_of_relicv2():
+    jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+    blur = {"sigma": [0.1, 2], "kernel": "byol"}
+    ops = [["jitter_byol", 0.8, jitter], ["grey", 0.2], ["blur", 1.0, blur], ["solarise", 0.2, {"threshold": 0.5}]]
+    spec = ViewSpec.from_dict({"name": "large", "size": 224, "box": "byol", "flip": 0.5, "ops": ops})
+    assert spec.box_options == {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}
+    assert spec.ops[0] == ("jitter_byol", 0.8, jitter)
+    assert spec.ops[2] == ("blur", 1.0, {"sigma": (0.1, 2.0), "kernel": "byol"})
+    assert ViewSpec("test", 224, box="byol_center").box_options == {"share": 0.875}
 
 
 def test_required_keys():

@@ -221,6 +221,23 @@ def test_an_operation_that_a_peer_does_not_know_is_refused(make: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["pil", "torchvision-v2", "kornia"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"antialias": False}, "antialiasing"), ({"ops": [["blur", 1, {"sigma": [1, 2], "kernel": "byol"}]]}, "kernel")],
+    ids=["resize", "blur"],
+)
+def test_byols_dialect_is_refused_where_it_would_be_taken_for_torchvisions(
+    folder: Path, name: str, options: dict[str, Any], words: str
+) -> None:
+    plan = [ViewSpec("image", 24, box={"whole": {}}, **options)]
+    with (
+        beton.open(folder / "raw.beton") as files,
+        pytest.raises(ConfigError, match=f"'image': {name} has no .*{words}"),
+    ):
+        start_peer(name, job(files, "views", plan))
+
+
+@pytest.mark.parametrize("name", ["pil", "torchvision-v2", "kornia"])
 def test_peers_make_our_pixels(folder: Path, name: str) -> None:
     """Without chance in the plan, a peer's view is ours: grey, then solarised, then normalised."""
     if name == "kornia":

@@ -83,8 +83,19 @@ def start_peer(name: str, job: Job) -> PeerBase:
         InputError: it cannot read this storage.
     """
     check_peer_name(name)
+    if name != "decode":
+        _refuse_byol(job.plan, name)
     peer: PeerBase = import_module(f"relssl.bench.peers.{name.replace('-', '_')}").Peer(job)
     return peer
+
+
+def _refuse_byol(plan: Sequence[ViewSpec], peer: str) -> None:
+    """What is called by a name that peers know, and is another thing in BYOL's dialect."""
+    for spec in plan:
+        if not spec.antialias:
+            raise ConfigError(f"view {spec.name!r}: {peer} has no resize without antialiasing")
+        if any(name == "blur" and options["kernel"] != "torchvision" for name, _, options in spec.ops):
+            raise ConfigError(f"view {spec.name!r}: {peer} has no blur with BYOL's kernel")
 
 
 def check_peer_name(name: str) -> None:

@@ -98,6 +98,24 @@ def test_padded_crops_are_pils_to_the_bit(stored, request):
 
 
 @needs_dali
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_crops_without_antialiasing_are_those_of_the_other_engines(pages, interpolation):
+    """The same kernel; at the edge DALI repeats pixels, and the others leave out what is beyond it."""
+    ids, plain, smooth = (
+        range(COUNT),
+        *(
+            [ViewSpec("a", 20, count=3, box={"byol": {}}, flip=0.5, interpolation=interpolation, antialias=antialias)]
+            for antialias in (False, True)
+        ),
+    )
+    (found,), (theirs,) = make_crops("dali", pages, ids, plain), make_crops("torchvision", pages, ids, plain)
+    difference = np.abs(found - theirs)
+    assert inside(difference).max() <= 1
+    assert difference.mean() <= 0.1
+    assert np.abs(make_crops("dali", pages, ids, smooth)[0] - found).mean() > 1
+
+
+@needs_dali
 def test_a_square_that_is_nowhere_is_an_error_and_not_black(jpegs):
     for plan, offset in ((PADDED, (-56, 0)), (PLAN, (-1, 0))):
         params = drawn(jpegs, [0, 1], plan)

@@ -347,6 +347,10 @@ def test_area_is_ffcvs_alone():
     ffcv.Engine.check(bicubic, "antialias")
     with pytest.raises(ConfigError, match=r"'student'.*area.*bicubic"):
         ffcv.Engine.check(bicubic, "area")
+    plain = ViewSpec("student", 16, antialias=False)
+    ffcv.Engine.check(plain, "antialias")
+    with pytest.raises(ConfigError, match=r"'student'.*area.*antialias: false"):
+        ffcv.Engine.check(plain, "area")
     with pytest.raises(ConfigError, match="did you mean 'area'"):
         ffcv.Engine.check(spec, "aera")
 
