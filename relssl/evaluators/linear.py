@@ -9,9 +9,10 @@ Named protocols (`linear_protocol`):
     ressl_imagenet     the code released with ReSSL: 100 epochs, lr 0.3, cosine, weights from N(0, 0.01^2)
     ressl_small        the authors' small-data probe: Nesterov, cosine from lr 0.2
     ressl_small_steps  the same with steps from lr 30, x 0.1 at epochs 60 and 80
-    wcl                the code released with WCL: Nesterov, lr 0.2 x batch / 256 with a batch of 4096, 80 epochs, cosine
+    wcl                the code released with WCL: Nesterov, lr 0.2 x batch / 256, batch 4096, 80 epochs, cosine
     resa               the code released with ReSA, for weights of batch 256: lr 10, x 0.1 at epochs 60 and 80
     resa_1024          the same with lr 40, for weights of batch 1024
+    relicv2            the code released with ReLICv2: Nesterov, lr 0.3 x batch / 256, batch 1024, 100 epochs, cosine
     relational         Self-Supervised Relational Reasoning and its baselines: Adam 1e-3, 100 epochs, no augmentation
     cached             ours, no paper's: features of un-augmented images, computed once, standardised; seconds
 
@@ -128,6 +129,16 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "init_std": 0.01,
         "zero_bias": True,
         "select": "best",
+    },
+    "relicv2": {
+        "lr": 0.3,
+        "lr_scaling": "linear",
+        "nesterov": True,
+        "epochs": 100,
+        "batch_size": 1024,
+        "init_std": 2048**-0.5,  # Haiku's, but for its cut at two standard deviations
+        "zero_bias": True,
+        "select": "last",
     },
     "resa": {**_RESA, "lr": 10.0},
     "resa_1024": {**_RESA, "lr": 40.0},
