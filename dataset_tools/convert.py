@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from dataset_tools.images import QUALITY, Encoding, ImageRefused, prepare
+from dataset_tools.mask_files import MaskCount, MaskFolder, MaskRefused
 from dataset_tools.sources import Sample, Source, archive, cifar, digits, folder, slimagenet, stl10, tiny_imagenet
 from dataset_tools.stats import ChannelStats, moments
 from pipelines import beton
@@ -34,13 +35,14 @@ _SMALL = 128  # pixels: arrays up to this side are stored raw unless asked other
 _IN_FLIGHT = 4  # images per worker
 
 Progress = Callable[[int, int | None, int], None]
-_Ready = tuple[bytes | np.ndarray, tuple[str, ...], np.ndarray | None]  # payload, notes, channel moments
+# payload, notes, channel moments, mask
+_Ready = tuple[bytes | np.ndarray, tuple[str, ...], np.ndarray | None, np.ndarray | MaskRefused | None]
 
 
 @dataclass
 class Conversion:
     """What a conversion did. `skipped` maps a reason to the keys of the inputs, `notes` what was done to a
-    count."""
+    count; `masks` is None without masks."""
 
     path: Path
     source: str
@@ -53,6 +55,7 @@ class Conversion:
     skipped: dict[str, list[str]] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
     remarks: list[str] = field(default_factory=list)
+    masks: MaskCount | None = None
     manifest: beton.Manifest = field(default_factory=dict)
 
     @property
@@ -73,6 +76,7 @@ class Conversion:
         lines = [f"{self.path}: {what}, in {rate}"]
         lines += [f"  {count:,} x {note}" for note, count in self.notes.most_common()]
         lines += [f"  {remark}" for remark in self.remarks]
+        lines += self.masks.lines(beton.manifest_path(self.path)) if self.masks is not None else []
         if self.skipped:
             lines.append(f"skipped {self.num_skipped:,} of {self.images + self.num_skipped:,} inputs:")
             lines += [f"  {len(keys):,} x {reason}: {_some(keys)}" for reason, keys in self.skipped.items()]
@@ -97,6 +101,7 @@ def convert(
     force: bool = False,
     count: int | None = None,
     source: str = "Python",
+    masks: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Write (key, image, label) samples to the `.beton` file `out` and its manifest, in their order.
@@ -113,10 +118,13 @@ def convert(
     None the first image decides: arrays of up to 128 x 128 pixels are stored raw, because JPEG would cost
     such small images visible quality and saves little, and because raw needs no decoding; otherwise "jpg". An
     image that cannot be used is skipped, counted, and listed in the manifest with the reason; with `strict`
-    it is an error. `progress` is called as progress(done, total or None, bytes so far). `workers`: threads;
-    default one per available core.
+    it is an error. `masks`: a folder of masks of what is foreground, found by the keys as
+    `dataset_tools.mask_files.MaskFolder` says; an image whose mask is missing or cannot be used is foreground as
+    a whole, counted, and listed, or with `strict` an error. `progress` is called as progress(done, total or None,
+    bytes so far). `workers`: threads; default one per available core.
 
-    Raises InputError, ConfigError and RunError as `pipelines.beton.write` does; nothing is left behind then.
+    Raises InputError, ConfigError and RunError as `pipelines.beton.write` does; InputError, too, when no image at all
+    has a mask in `masks`; nothing is left behind then.
     """
     started = time.monotonic()
     check_target(out, force=force)
@@ -128,8 +136,9 @@ def convert(
     if first is None:
         raise InputError(f"{source}: there are no samples to convert")
     encoding = Encoding(mode or _mode_for(first), quality, resolution, window)
-    done = Conversion(Path(out), source, classes=classes)
-    run = _Run(encoding, strict, done, count, progress)
+    folder = None if masks is None else MaskFolder(masks)
+    done = Conversion(Path(out), source, classes=classes, masks=None if masks is None else MaskCount(str(masks)))
+    run = _Run(encoding, strict, done, count, progress, folder)
     with ThreadPoolExecutor(workers or available_cores(), thread_name_prefix="convert") as pool:
         try:
             done.manifest = beton.write(
@@ -138,6 +147,7 @@ def convert(
                 count=count,
                 classes=classes,
                 about=run.about,
+                masks=masks is not None,
                 force=force,
             )
         finally:
@@ -167,6 +177,7 @@ def convert_source(
     workers: int | None = None,
     strict: bool = False,
     force: bool = False,
+    masks: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """`relssl convert`: find out what `source` is, and write it to `out`.
@@ -181,6 +192,8 @@ def convert_source(
     archive that is looked through.
     """
     check_target(out, force=force)
+    if masks is not None and Path(masks).resolve() == Path(source).resolve():
+        raise ConfigError(f"--masks {masks}: expected a folder of masks, this is the one of the images")
     found = open_source(
         source,
         format=format,
@@ -207,6 +220,7 @@ def convert_source(
         force=force,
         count=found.count,
         source=found.name,
+        masks=masks,
         progress=progress,
     )
     done.remarks = found.remarks
@@ -333,18 +347,17 @@ class _Run:
     done: Conversion
     total: int | None
     progress: Progress | None
+    masks: MaskFolder | None = None
     stats: ChannelStats = field(default_factory=ChannelStats)
     details: list[list[str]] = field(default_factory=list)
     taken: int = 0
     size: int = 0
 
-    def stored(
-        self, samples: Iterator[Sample], pool: ThreadPoolExecutor, in_flight: int
-    ) -> Iterator[tuple[bytes | np.ndarray, int | None]]:
+    def stored(self, samples: Iterator[Sample], pool: ThreadPoolExecutor, in_flight: int) -> Iterator[beton.Sample]:
         """What is to be written, in order."""
         queue: deque[tuple[str, int | None, Future[_Ready]]] = deque()
         for index, (key, image, label) in enumerate(map(_parts, samples)):
-            queue.append((key, label, pool.submit(self._prepare, index, image)))
+            queue.append((key, label, pool.submit(self._prepare, index, key, image)))
             if len(queue) >= in_flight:
                 yield from self._take(*queue.popleft())
         while queue:
@@ -352,20 +365,22 @@ class _Run:
         if self.done.images == 0:
             reasons = "; ".join(f"{len(keys)} x {reason}: {_some(keys)}" for reason, keys in self.done.skipped.items())
             raise InputError(f"{self.done.source}: none of the {self.taken} inputs can be used: {reasons}")
+        if self.done.masks is not None and not self.done.masks.taken:
+            reasons = "; ".join(f"{len(keys)} x {why}: {_some(keys)}" for why, keys in self.done.masks.missing.items())
+            raise InputError(f"{self.done.masks.source}: none of {self.done.images} images has a mask there: {reasons}")
 
-    def _prepare(self, index: int, image: Any) -> _Ready:
+    def _prepare(self, index: int, key: str, image: Any) -> _Ready:
         """Runs in a worker. The pixels are let go here: only what is written waits for its turn."""
         stored = prepare(image, self.encoding)
-        return stored.payload, stored.notes, moments(stored.pixels) if self.stats.wants(index) else None
+        mask = None if self.masks is None else self.masks(key)
+        return stored.payload, stored.notes, moments(stored.pixels) if self.stats.wants(index) else None, mask
 
-    def _take(
-        self, key: str, label: int | None, future: Future[_Ready]
-    ) -> Iterator[tuple[bytes | np.ndarray, int | None]]:
+    def _take(self, key: str, label: int | None, future: Future[_Ready]) -> Iterator[beton.Sample]:
         """Wait for one image, count it, and pass it on unless it was refused."""
         index = self.taken
         self.taken += 1
         try:
-            payload, notes, image_moments = future.result()
+            payload, notes, image_moments, mask = future.result()
         except ImageRefused as refused:
             self._skip(key, refused)
         else:
@@ -374,9 +389,17 @@ class _Run:
             self.done.notes.update(notes)
             self.done.images += 1
             self.size += len(payload) if isinstance(payload, bytes) else payload.nbytes
-            yield payload, label
+            yield (payload, label) if mask is None else (payload, label, self._mask(key, mask))
         if self.progress is not None:
             self.progress(self.taken, self.total, self.size)
+
+    def _mask(self, key: str, mask: np.ndarray | MaskRefused) -> np.ndarray:
+        if self.strict and isinstance(mask, MaskRefused):
+            raise InputError(
+                f"{self.done.source}: {key}: {mask} (the image is foreground as a whole without --strict)"
+            ) from mask
+        assert self.done.masks is not None
+        return self.done.masks.add(key, mask)
 
     def _skip(self, key: str, refused: ImageRefused) -> None:
         if self.strict:
@@ -400,4 +423,5 @@ class _Run:
                 "reasons": {reason: len(keys) for reason, keys in sorted(self.done.skipped.items())},
                 "inputs": self.details,
             },
+            **({} if self.done.masks is None else {"masks": self.done.masks.about()}),
         }

@@ -78,7 +78,7 @@ def _describe(file: beton.Beton) -> list[str]:
     )
     lines = [
         f"{file.path}: {len(file):,} images, {len(file.data) / 1e6:,.1f} MB, {kind}, {sizes}",
-        f"labels: {labelled:,} of {len(file):,}, {classes}",
+        f"labels: {labelled:,} of {len(file):,}, {classes}{', with masks' if file.has_masks else ''}",
     ]
     if file.manifest is not None:
         lines.append(f"source: {file.manifest.get('source', 'unknown')}; content {file.content_hash}")

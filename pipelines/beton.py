@@ -11,9 +11,9 @@ What the manifest covers: `sha256_tables` the size of the file and every byte be
 compared at every opening (61 MB for 1.28 million images); `fingerprints` a sample of the bytes of every
 payload, compared whenever it is read, so that exchanged, overwritten or zeroed images are noticed before
 anybody sees them under a wrong label; `sha256_payloads` every byte of the images, compared by `verify`, which
-reads the whole file. A file without manifest, and one whose manifest was written before there were
-fingerprints, is read without that comparison: there, two images of the same size that changed places are not
-noticed.
+reads the whole file. Masks, where a file has them, are covered as images are. A file without manifest, and one
+whose manifest was written before there were fingerprints, is read without that comparison: there, two images of
+the same size that changed places are not noticed.
 
 Files are read by position and not memory-mapped, because a map turns a failing disk, a lost server or a file
 that is cut while it is open into the end of the process (SIGBUS). Here each of them is an InputError that names
@@ -43,6 +43,7 @@ from pipelines import jpeg
 from pipelines.beton_write import (
     MANIFEST_FORMAT,
     Manifest,
+    Sample,
     fingerprint,
     hash_of_content,
     hash_of_tables,
@@ -51,9 +52,22 @@ from pipelines.beton_write import (
 )
 from pipelines.errors import InputError
 
-__all__ = ["Beton", "BetonSet", "Manifest", "VerifyReport", "manifest_path", "open", "verify", "write"]
+__all__ = [
+    "HOW_TO_MASK",
+    "Beton",
+    "BetonSet",
+    "Manifest",
+    "Sample",
+    "VerifyReport",
+    "manifest_path",
+    "open",
+    "unpacked",
+    "verify",
+    "write",
+]
 
 PathLike = str | Path
+HOW_TO_MASK = "relssl saliency DATA.beton OUT.beton, or relssl convert ... --masks DIR"
 
 
 class Beton:
@@ -63,7 +77,8 @@ class Beton:
     False = raw RGB pixels; `offsets`, `sizes` (N,) int64, where the payloads lie in the file; `data`, the bytes of
     the file, read when they are sliced; `manifest` without its fingerprints, `classes`, `content_hash`, None where
     the file has no manifest; `fingerprints` (N,) uint32, None where the manifest has none; `fields`, the names of
-    its fields. Raises InputError when the file is absent, damaged, or does not belong to its manifest.
+    its fields; `has_masks`, whether there is a mask to every image. Raises InputError when the file is absent,
+    damaged, or does not belong to its manifest.
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -72,13 +87,16 @@ class Beton:
         try:
             tables = fmt.read_tables(self.data, str(self.path))
             self.manifest = _read_manifest(self.path, self.data, tables)
-            self.fingerprints = _take_fingerprints(self.manifest, len(tables.labels), manifest_path(self.path))
+            count, sidecar = len(tables.labels), manifest_path(self.path)
+            self.fingerprints = _take_fingerprints(self.manifest, "fingerprints", count, sidecar)
+            self._mask_fingerprints = _take_fingerprints(self.manifest, "mask_fingerprints", count, sidecar)
         except BaseException:
             self.data.close()
             raise
         self.labels, self.heights, self.widths = tables.labels, tables.heights, tables.widths
         self.is_jpeg, self.offsets, self.sizes = tables.is_jpeg, tables.offsets, tables.sizes
-        self.fields = tables.fields
+        self.fields, self._mask_offsets = tables.fields, tables.mask_offsets
+        self.has_masks = self._mask_offsets is not None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -121,6 +139,35 @@ class Beton:
         """Whether bytes have the fingerprint of sample i; True where it has none."""
         return self.fingerprints is None or fingerprint(payload) == self.fingerprints[i]
 
+    def packed_mask(self, i: int) -> np.ndarray:
+        """The stored mask of sample i: (2048,) uint8, see `beton_format`. Raises InputError, naming file and sample,
+        when there is none, or it cannot be read or is not the one that was written."""
+        mask = self.read_mask(i)
+        if not self.is_mask_as_written(i, mask):
+            raise InputError(
+                f"{self.path}: sample {i}: its mask is not the one that was written for it (by its fingerprint in"
+                f" {manifest_path(self.path).name}): overwritten, or exchanged with another sample's"
+            )
+        return mask
+
+    def mask(self, i: int) -> np.ndarray:
+        """What of sample i is foreground: (128, 128) bool over the image stretched to this square. Raises as
+        `packed_mask`."""
+        return unpacked(self.packed_mask(i))
+
+    def read_mask(self, i: int) -> np.ndarray:
+        """As `packed_mask`, but whatever bytes there are now."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.path}: sample {i} of {len(self)}")
+        if self._mask_offsets is None:
+            raise InputError(f"{self.path} has no masks; make a file that has: {HOW_TO_MASK}")
+        start = int(self._mask_offsets[i])
+        return self.data.read(start, start + fmt.MASK_BYTES, f"the mask of sample {i}")
+
+    def is_mask_as_written(self, i: int, mask: np.ndarray) -> bool:
+        """As `is_as_written`, for the mask."""
+        return self._mask_fingerprints is None or fingerprint(mask) == self._mask_fingerprints[i]
+
     def decode(self, i: int) -> np.ndarray:
         """Pixels of sample i: (H, W, 3) uint8 RGB. Raises InputError, naming file and sample, when
         damaged."""
@@ -142,6 +189,11 @@ class Beton:
     def close(self) -> None:
         """Close the file, as soon as no thread reads from it any more."""
         self.data.close()
+
+
+def unpacked(masks: np.ndarray) -> np.ndarray:
+    """Masks (..., 2048) uint8, as they are stored, as (..., 128, 128) bool."""
+    return np.unpackbits(masks, axis=-1).reshape(*masks.shape[:-1], fmt.MASK_SIDE, fmt.MASK_SIDE).astype(bool)
 
 
 class FileBytes:
@@ -223,7 +275,7 @@ class BetonSet:
     The same attributes and methods as `Beton`, with `paths` and `files` (the `Beton` objects) instead of
     `path` and `data`; `starts` (F+1,) int64 holds the offsets. `manifest` is that of a single file and None
     for several; `classes` are those of the files that have labels, which must agree. `content_hash` is None
-    unless every file has one.
+    unless every file has one. `has_masks` is True when every file has masks.
     """
 
     def __init__(self, files: Sequence[Beton]) -> None:
@@ -238,6 +290,7 @@ class BetonSet:
         self.is_jpeg = np.concatenate([file.is_jpeg for file in files])
         self.sizes = np.concatenate([file.sizes for file in files])
         self.classes = _common_classes(self.files)
+        self.has_masks = all(file.has_masks for file in files)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -276,6 +329,15 @@ class BetonSet:
         """As `Beton.decode`."""
         file, local = self.locate(i)
         return file.decode(local)
+
+    def packed_mask(self, i: int) -> np.ndarray:
+        """As `Beton.packed_mask`."""
+        file, local = self.locate(i)
+        return file.packed_mask(local)
+
+    def mask(self, i: int) -> np.ndarray:
+        """As `Beton.mask`."""
+        return unpacked(self.packed_mask(i))
 
     def close(self) -> None:
         """Close every file."""
@@ -342,8 +404,9 @@ def verify(path: PathLike, *, decode: bool = False, progress: Callable[[int, int
                 progress(i + 1, len(file))
         if file.manifest is not None:
             report.payloads_hashed = True
+            what = "images and masks" if file.has_masks else "images"
             if digest.hexdigest() != file.manifest["sha256_payloads"]:
-                report.problems.insert(0, f"{path}: the images are not those that were written (sha256 differs)")
+                report.problems.insert(0, f"{path}: the {what} are not those that were written (sha256 differs)")
     return report
 
 
@@ -352,6 +415,11 @@ def _verify_sample(file: Beton, i: int, digest: Any, report: VerifyReport, *, de
     digest.update(payload)
     if not file.is_as_written(i, payload):
         report.problems.append(f"{file.path}: sample {i}: not the bytes that were written for it")
+    if file.has_masks:
+        mask = file.read_mask(i)
+        digest.update(mask)
+        if not file.is_mask_as_written(i, mask):
+            report.problems.append(f"{file.path}: sample {i}: its mask is not the one that was written for it")
     if decode:
         file.pixels(i, payload)
         report.decoded += 1
@@ -414,9 +482,9 @@ def _check_manifest(manifest: Any, sidecar: Path) -> None:
         raise InputError(f"{sidecar}: its content hash does not follow from its other hashes; convert again")
 
 
-def _take_fingerprints(manifest: Manifest | None, count: int, sidecar: Path) -> np.ndarray | None:
+def _take_fingerprints(manifest: Manifest | None, key: str, count: int, sidecar: Path) -> np.ndarray | None:
     """Remove the fingerprints from a manifest, decoded: (N,) uint32; None where there are none."""
-    entry = manifest.pop("fingerprints", None) if manifest else None
+    entry = manifest.pop(key, None) if manifest else None
     if entry is None:
         return None
     try:
@@ -425,7 +493,7 @@ def _take_fingerprints(manifest: Manifest | None, count: int, sidecar: Path) -> 
             raise ValueError("damaged")
     except (KeyError, TypeError, ValueError):
         raise InputError(
-            f"{sidecar}: its fingerprints are damaged; restore it, or delete the entry: it is optional"
+            f"{sidecar}: its {key.replace('_', ' ')} are damaged; restore it, or delete the entry: it is optional"
         ) from None
     return np.frombuffer(packed, "<u4").astype(np.uint32)
 

@@ -6,10 +6,16 @@ All integers are little-endian. A metadata row holds scalars directly and large 
 absolute position in the file); the allocation table, in any order, gives the size behind every pointer. A
 payload never crosses a page boundary, because FFCV's page cache reads whole pages. The format is FFCV's (ffcv
 1.0.2); the checks are ours, for FFCV itself has none and reads an interrupted or cut file as garbage.
+
+A file may have a field `mask` beside `image` and `label`: what of each image is foreground, 128 x 128 bits in the
+image's own coordinates, whatever its size and shape: bit (y, x) is the part of the image from y/128 to (y+1)/128 of
+its height and x/128 to (x+1)/128 of its width. It is an array field of FFCV's, uint8 (2048,), rows of 16 bytes whose
+first pixel is the highest bit (as `numpy.packbits` packs them).
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +27,8 @@ VERSION = 2
 JPEG, RAW = 0, 1  # the `mode` of an image
 MAX_SIDE = 65535  # height and width are stored in 16 bits
 MAX_PAGE = 1 << 31  # the page size is a power of two stored in 32 bits
+MASK_SIDE = 128
+MASK_BYTES = MASK_SIDE * MASK_SIDE // 8
 
 HEADER = np.dtype(
     [
@@ -34,7 +42,7 @@ HEADER = np.dtype(
 DESCRIPTOR = np.dtype([("type_id", "u1"), ("name", "u1", (16,)), ("arguments", "u1", (1024,))])
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 
-INT_TYPE, IMAGE_TYPE = 1, 2
+INT_TYPE, IMAGE_TYPE, ARRAY_TYPE = 1, 2, 4
 _IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 _BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 # FFCV's type number of a field -> its part of a metadata row.
@@ -43,10 +51,14 @@ FIELD_TYPES: dict[int, np.dtype] = {
     INT_TYPE: np.dtype("<i8"),
     IMAGE_TYPE: _IMAGE,
     3: _BYTES,
-    4: np.dtype("<u8"),  # n-dimensional array
+    ARRAY_TYPE: np.dtype("<u8"),
     5: _BYTES,  # JSON
     6: np.dtype("<u8"),  # tensor
 }
+
+
+# The arguments of an array field: its shape, then the length of a JSON text that says the type of its elements.
+_ARRAY_ARGUMENTS = np.dtype([("shape", "<u8", (32,)), ("type_length", "<u8")])
 
 
 def row_type(type_ids: list[int]) -> np.dtype:
@@ -66,6 +78,17 @@ def descriptor(name: str, type_id: int) -> np.ndarray:
     return entry
 
 
+def mask_descriptor() -> np.ndarray:
+    """Descriptor of the field `mask`."""
+    element = json.dumps(np.dtype(np.uint8).descr).encode("ascii")
+    arguments = np.zeros((), _ARRAY_ARGUMENTS)
+    arguments["shape"][0], arguments["type_length"] = MASK_BYTES, len(element)
+    content = arguments.tobytes() + element
+    entry = descriptor("mask", ARRAY_TYPE)
+    entry["arguments"][: len(content)] = np.frombuffer(content, np.uint8)
+    return entry
+
+
 @dataclass(frozen=True)
 class Tables:
     """Everything of a `.beton` file but the payloads, checked. N samples, all arrays in sample order."""
@@ -76,6 +99,7 @@ class Tables:
     is_jpeg: np.ndarray  # (N,) bool
     offsets: np.ndarray  # (N,) int64, position of the image's payload in the file
     sizes: np.ndarray  # (N,) int64, its bytes
+    mask_offsets: np.ndarray | None  # (N,) int64, position of the mask's; None without masks
     fields: tuple[str, ...]
     page_size: int
     head_end: int  # header, descriptors and metadata are the bytes [0, head_end)
@@ -98,16 +122,16 @@ def read_tables(data: Bytes, where: str) -> Tables:
     images complete.
     """
     header = _header(data, where)
-    names, type_ids = _fields(data, int(header["num_fields"]), where)
+    names, type_ids, entries = _fields(data, int(header["num_fields"]), where)
     rows = row_type(type_ids)
     count, head = int(header["num_samples"]), HEADER.itemsize + len(names) * DESCRIPTOR.itemsize
     head_end, table_start = head + count * rows.itemsize, int(header["alloc_table_ptr"])
     _check_regions(len(data), count, head_end, table_start, where)
     metadata = np.frombuffer(data[head:head_end], rows)
-    allocations = np.frombuffer(data[table_start:], ALLOCATION)
+    allocations = _allocations(data, head_end, table_start, where)
     image = metadata[f"f{_image_field(names, type_ids, where)}"]
-    label = _label_field(names, type_ids)
-    offsets, sizes = _payloads(image["data_ptr"], allocations, head_end, table_start, where)
+    label, mask = _label_field(names, type_ids), _mask_field(names, entries)
+    offsets, sizes = _payloads("image", image["data_ptr"], allocations, where)
     tables = Tables(
         labels=np.full(count, -1, np.int64) if label is None else metadata[f"f{label}"].astype(np.int64),
         heights=image["height"].astype(np.int32),
@@ -115,6 +139,7 @@ def read_tables(data: Bytes, where: str) -> Tables:
         is_jpeg=image["mode"] == JPEG,
         offsets=offsets,
         sizes=sizes,
+        mask_offsets=None if mask is None else _masks(metadata[f"f{mask}"], allocations, where),
         fields=tuple(names),
         page_size=int(header["page_size"]),
         head_end=head_end,
@@ -139,7 +164,8 @@ def _header(data: Bytes, where: str) -> np.void:
     return header
 
 
-def _fields(data: Bytes, count: int, where: str) -> tuple[list[str], list[int]]:
+def _fields(data: Bytes, count: int, where: str) -> tuple[list[str], list[int], np.ndarray]:
+    """Names and types of the fields, and their descriptors."""
     end = HEADER.itemsize + count * DESCRIPTOR.itemsize
     if count == 0:
         raise InputError(f"{where}: damaged header: 0 fields")
@@ -151,7 +177,7 @@ def _fields(data: Bytes, count: int, where: str) -> tuple[list[str], list[int]]:
     for name, type_id in zip(names, type_ids, strict=True):
         if type_id not in FIELD_TYPES:
             raise InputError(f"{where}: field {name!r} has type {type_id}, expected one of {sorted(FIELD_TYPES)}")
-    return names, type_ids
+    return names, type_ids, entries
 
 
 def _image_field(names: list[str], type_ids: list[int], where: str) -> int:
@@ -170,6 +196,12 @@ def _label_field(names: list[str], type_ids: list[int]) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
+def _mask_field(names: list[str], entries: np.ndarray) -> int | None:
+    """The field `mask`; None where there is none, or one that means something else."""
+    found = [i for i, name in enumerate(names) if name == "mask"]
+    return found[0] if len(found) == 1 and entries[found[0]].tobytes() == mask_descriptor().tobytes() else None
+
+
 def _check_regions(file_size: int, count: int, head_end: int, table_start: int, where: str) -> None:
     if count == 0:
         raise InputError(f"{where}: holds no samples")
@@ -184,32 +216,49 @@ def _check_regions(file_size: int, count: int, head_end: int, table_start: int, 
         raise InputError(f"{where}: cut off: allocation table of {rows} rows and {rest} bytes, expected {count} rows")
 
 
-def _payloads(
-    pointers: np.ndarray, allocations: np.ndarray, low: int, high: int, where: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Offset and size of every sample's image, looked up in an allocation table of any order."""
-    order = np.argsort(allocations["ptr"], kind="stable")
-    starts, sizes = allocations["ptr"][order], allocations["size"][order]
+def _allocations(data: Bytes, low: int, high: int, where: str) -> np.ndarray:
+    """The allocation table, checked and sorted by position."""
+    table = np.frombuffer(data[high:], ALLOCATION)
+    order = np.argsort(table["ptr"], kind="stable")
+    starts, sizes = table["ptr"][order], table["size"][order]
     room = np.uint64(high) - np.minimum(starts, np.uint64(high))
     bad = np.flatnonzero((starts < low) | (sizes > room))
     if len(bad):
         row = order[bad[0]]
         raise InputError(
-            f"{where}: allocation row {row}: {allocations['size'][row]} bytes at {allocations['ptr'][row]}"
+            f"{where}: allocation row {row}: {table['size'][row]} bytes at {table['ptr'][row]}"
             f" are outside the payload region {low} to {high}"
         )
     overlap = np.flatnonzero(starts[:-1] + sizes[:-1] > starts[1:])
     if len(overlap):
         raise InputError(f"{where}: allocation table: two payloads overlap at byte {starts[overlap[0] + 1]}")
+    return table[order]
+
+
+def _payloads(what: str, pointers: np.ndarray, allocations: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Offset and size of what every sample's pointer points to."""
+    starts = allocations["ptr"]
     found = np.minimum(np.searchsorted(starts, pointers), len(starts) - 1)
-    owner = allocations["sample_id"][order][found]
+    owner = allocations["sample_id"][found]
     lost = np.flatnonzero((starts[found] != pointers) | (owner != np.arange(len(pointers), dtype=np.uint64)))
     if len(lost):
         raise InputError(
-            f"{where}: sample {lost[0]}: image at byte {pointers[lost[0]]}, which the allocation table does"
+            f"{where}: sample {lost[0]}: {what} at byte {pointers[lost[0]]}, which the allocation table does"
             f" not list for it ({len(lost)} such samples)"
         )
-    return starts[found].astype(np.int64), sizes[found].astype(np.int64)
+    return starts[found].astype(np.int64), allocations["size"][found].astype(np.int64)
+
+
+def _masks(pointers: np.ndarray, allocations: np.ndarray, where: str) -> np.ndarray:
+    """Offset of every sample's mask."""
+    offsets, sizes = _payloads("mask", pointers, allocations, where)
+    bad = np.flatnonzero(sizes != MASK_BYTES)
+    if len(bad):
+        raise InputError(
+            f"{where}: sample {bad[0]}: a mask of {sizes[bad[0]]} bytes, expected {MASK_BYTES}"
+            f" ({len(bad)} such samples)"
+        )
+    return offsets
 
 
 def _check_images(tables: Tables, modes: np.ndarray, where: str) -> None:

@@ -13,6 +13,10 @@ The manifest's `fingerprints` came later than format 1 did, as an entry that may
 manifests without it, and versions that do not know it read manifests that have it, so the number stays. It is
 `values`, base64 of one little-endian uint32 per sample, and `crc32`, the CRC-32 of what that encodes: for 1.28
 million images 6.8 MB in the manifest and 5 MB in memory.
+
+With masks (see `beton_format`) a file has one field more, a manifest `mask_fingerprints` of the same form, and
+`sha256_payloads` covers each image's bytes followed by its mask's. Versions that do not know masks read such files as
+if they had none; their `verify` finds another hash. Files without masks are what they were, to the byte.
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ _FULL = {
 }
 
 Image = bytes | np.ndarray
+Sample = tuple[Image, int | None] | tuple[Image, int | None, np.ndarray]
 Manifest = dict[str, Any]
 
 
@@ -58,19 +63,21 @@ def manifest_path(path: str | Path) -> Path:
 
 def write(
     path: str | Path,
-    samples: Iterable[tuple[Image, int | None]],
+    samples: Iterable[Sample],
     *,
     count: int | None = None,
     classes: list[str] | None = None,
     about: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+    masks: bool = False,
     force: bool = False,
 ) -> Manifest:
     """Write (image, label) pairs, in their order, to `path` and its manifest to `<path>.json`.
 
     An image is JPEG bytes (stored as they are; the header is read, the pixels are not checked) or RGB pixels
-    (H, W, 3) uint8, stored raw. A label is an int >= 0, or None for none (stored as -1). `count`, where
-    known, saves moving data. `about` adds entries to the manifest; a callable is asked once all samples have
-    been taken. Returns the manifest.
+    (H, W, 3) uint8, stored raw. A label is an int >= 0, or None for none (stored as -1). With `masks`, samples
+    are (image, label, mask): mask (128, 128) bool, True where the image, stretched to this square, is foreground.
+    `count`, where known, saves moving data. `about` adds entries to the manifest; a callable is asked once all
+    samples have been taken. Returns the manifest.
 
     Raises ConfigError when `path` exists and `force` is not set, or its folder is missing; InputError for an
     image or label that cannot be stored, or when there are no samples; RunError when the disk is full. In
@@ -80,9 +87,10 @@ def write(
     check_target(path, force=force)
     count = len(samples) if count is None and isinstance(samples, Sized) else count
     with _temporary(path) as file, _name_disk_errors(path, count) as progress:
-        writer = _Writer(file, room=max(count or _FIRST_ROOM, 1), progress=progress)
-        for image, label in samples:
-            writer.add(image, _checked_label(label, classes, writer.count))
+        writer = _Writer(file, room=max(count or _FIRST_ROOM, 1), masks=masks, progress=progress)
+        for image, label, *rest in samples:
+            mask = _checked_mask(rest, masks, writer.count)
+            writer.add(image, _checked_label(label, classes, writer.count), mask)
         if writer.count == 0:
             raise InputError(f"{path}: there are no samples to write")
         writer.finish()
@@ -116,12 +124,29 @@ def _checked_label(label: int | None, classes: list[str] | None, sample: int) ->
     return value
 
 
-class _Writer:
-    """Lays out the tables and payloads of one file with the fields `image` and `label`."""
+def _checked_mask(given: list[Any], expected: bool, sample: int) -> bytes | None:
+    """A mask as it is stored."""
+    if len(given) != int(expected):
+        parts = "(image, label, mask)" if expected else "(image, label)"
+        raise InputError(f"sample {sample}: expected {parts}, got {len(given) + 2} parts")
+    if not expected:
+        return None
+    mask, side = given[0], fmt.MASK_SIDE
+    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (side, side):
+        found = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
+        raise InputError(f"sample {sample}: expected a mask as bool ({side}, {side}), got {found}")
+    return np.packbits(mask).tobytes()
 
-    def __init__(self, file: BufferedRandom, room: int, progress: list[int]) -> None:
+
+class _Writer:
+    """Lays out the tables and payloads of one file with the fields `image` and `label`, and `mask` where asked for."""
+
+    def __init__(self, file: BufferedRandom, room: int, masks: bool, progress: list[int]) -> None:
         self._file, self._progress = file, progress
-        self._fields = (fmt.descriptor("image", fmt.IMAGE_TYPE), fmt.descriptor("label", fmt.INT_TYPE))
+        self._fields = [fmt.descriptor("image", fmt.IMAGE_TYPE), fmt.descriptor("label", fmt.INT_TYPE)]
+        if masks:
+            self._fields.append(fmt.mask_descriptor())
+        self._masks, self._mask_offsets, self._mask_fingerprints = masks, array("Q"), array("I")
         self._row = fmt.row_type([int(field["type_id"]) for field in self._fields])
         self._head = fmt.HEADER.itemsize + len(self._fields) * fmt.DESCRIPTOR.itemsize
         self._room = room
@@ -153,6 +178,12 @@ class _Writer:
         return np.frombuffer(self._fingerprints, np.uint32).astype("<u4").tobytes()
 
     @property
+    def mask_fingerprints(self) -> bytes | None:
+        """As `fingerprints`; None without masks."""
+        packed = np.frombuffer(self._mask_fingerprints, np.uint32).astype("<u4").tobytes()
+        return packed if self._masks else None
+
+    @property
     def jpegs(self) -> int:
         return self._modes.count(fmt.JPEG)
 
@@ -160,7 +191,7 @@ class _Writer:
     def size(self) -> int:
         return self._end
 
-    def add(self, image: Image, label: int) -> None:
+    def add(self, image: Image, label: int, mask: bytes | None) -> None:
         """Store one sample at the end."""
         payload, height, width, mode = _encode(image, self.count)
         if self.count == self._room:
@@ -173,6 +204,10 @@ class _Writer:
         self._heights.append(height)
         self._widths.append(width)
         self._labels.append(label)
+        if mask is not None:
+            self.payload_hash.update(mask)
+            self._mask_fingerprints.append(fingerprint(mask))
+            self._mask_offsets.append(self._put(mask))
         self._progress[:] = [self.count, self._end]
 
     def _put(self, payload: bytes | memoryview) -> int:
@@ -197,12 +232,12 @@ class _Writer:
         self._room *= 2
         front = self._head + self._room * self._row.itemsize
         self._end = max(self._end, front)
-        offsets = np.array(self._offsets, np.int64)
-        for i in np.flatnonzero(offsets < front):
-            self._file.seek(offsets[i])
-            payload = self._file.read(self._sizes[i])
-            self._position = -1
-            self._offsets[i] = self._put(payload)
+        for offsets, sizes in ((self._offsets, self._sizes), (self._mask_offsets, [fmt.MASK_BYTES] * self.count)):
+            for i in np.flatnonzero(np.array(offsets, np.int64) < front):
+                self._file.seek(offsets[i])
+                payload = self._file.read(sizes[i])
+                self._position = -1
+                offsets[i] = self._put(payload)
 
     def finish(self) -> None:
         """Write the tables; the header, which makes the file valid, last."""
@@ -212,6 +247,11 @@ class _Writer:
         metadata["f1"] = self._labels
         table = np.zeros(self.count, fmt.ALLOCATION)
         table["sample_id"], table["ptr"], table["size"] = np.arange(self.count), self._offsets, self._sizes
+        if self._masks:
+            metadata["f2"] = self._mask_offsets
+            rows = table.copy()
+            rows["ptr"], rows["size"] = self._mask_offsets, fmt.MASK_BYTES
+            table = np.concatenate([table, rows])
         header = np.zeros((), fmt.HEADER)
         header["version"], header["num_fields"] = fmt.VERSION, len(self._fields)
         header["page_size"], header["num_samples"] = self.page_size, self.count
@@ -275,7 +315,7 @@ def hash_of_content(tables_hash: str, payload_hash: str) -> str:
 def _manifest(path: Path, writer: _Writer, classes: list[str] | None, about: dict[str, Any]) -> Manifest:
     shapes, jpegs, count = writer.shapes, writer.jpegs, writer.count
     payload_hash = writer.payload_hash.hexdigest()
-    return {
+    manifest = {
         "format": MANIFEST_FORMAT,
         "file": path.name,
         "bytes": writer.size,
@@ -287,16 +327,19 @@ def _manifest(path: Path, writer: _Writer, classes: list[str] | None, about: dic
         "width": {"min": int(shapes[:, 1].min()), "max": int(shapes[:, 1].max())},
         **about,
         # Tables: size of the file and every byte before and after the payloads.
-        # Payloads: their bytes, in sample order.
+        # Payloads: their bytes, in sample order; a sample's image, then its mask.
         "sha256_tables": writer.tables_hash,
         "sha256_payloads": payload_hash,
         "content_hash": hash_of_content(writer.tables_hash, payload_hash),
-        "fingerprints": {"crc32": zlib.crc32(writer.fingerprints), "values": _base64(writer.fingerprints)},
+        "fingerprints": _packed(writer.fingerprints),
     }
+    if writer.mask_fingerprints is not None:
+        manifest["mask_fingerprints"] = _packed(writer.mask_fingerprints)
+    return manifest
 
 
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")
+def _packed(fingerprints: bytes) -> dict[str, Any]:
+    return {"crc32": zlib.crc32(fingerprints), "values": base64.b64encode(fingerprints).decode("ascii")}
 
 
 def _partial(path: Path) -> Path:

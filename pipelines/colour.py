@@ -1,4 +1,4 @@
-"""Everything after the crop, for every engine: jitter, grey, blur, solarise, RandAugment, affine, normalise, erase.
+"""Everything after the crop, for every engine: masks, colours, blur, RandAugment, affine, normalise, erase.
 
 Formulas are torchvision's float functionals, BYOL's for its dialect and PIL's for RandAugment, each sample with its own
 parameters and its own order of the jitter's operations. Nothing is rounded between the 8-bit crop and the view, except
@@ -27,10 +27,17 @@ from pipelines.views import ViewSpec
 
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision's rgb_to_grayscale
 HUE = JITTER_OPS.index("hue")
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def colour(
-    crops: Tensor, params: ViewParams, spec: ViewSpec, out: Tensor, start: int = 0, stop: int | None = None
+    crops: Tensor,
+    params: ViewParams,
+    spec: ViewSpec,
+    out: Tensor,
+    start: int = 0,
+    stop: int | None = None,
+    masks: np.ndarray | None = None,
 ) -> None:
     """Turn 8-bit crops into normalised views.
 
@@ -40,17 +47,34 @@ def colour(
         spec: the view; its normalisation comes after the operations, and before `erase`.
         out: (V, B, S, S, 3) floating point on the same device, with pixels or planes contiguous in memory; on the CPU
             rows start ... stop-1 of its second axis are overwritten, elsewhere all.
+        masks: (n, 2048) uint8 of these rows, as they are stored.
+
+    Raises:
+        ValueError: a view is to be masked and there are no masks.
     """
+    if masks is None and params.masked is not None and params.masked[:, start:stop].any():
+        raise ValueError("views with masked background need the masks of their images")
     if crops.device.type == "cpu":
-        colour_cpu(crops, params, spec, out, start, crops.shape[1] if stop is None else stop)
+        colour_cpu(crops, params, spec, out, start, crops.shape[1] if stop is None else stop, masks)
     else:
-        colour_torch(crops, params, spec, out)
+        colour_torch(crops, params, spec, out, masks)
 
 
 # -- CPU
 
 
-def colour_cpu(crops: Tensor, params: ViewParams, spec: ViewSpec, out: Tensor, start: int, stop: int) -> None:
+_NO_MASKS = np.empty((0, 0), np.uint8), np.empty((0, 0), np.bool_), np.empty((0, 0, 4), np.float32)
+
+
+def colour_cpu(
+    crops: Tensor,
+    params: ViewParams,
+    spec: ViewSpec,
+    out: Tensor,
+    start: int,
+    stop: int,
+    masks: np.ndarray | None = None,
+) -> None:
     """`colour` by compiled loops; releases the GIL, so ranges of rows may be done by threads."""
     views, batch, size = crops.shape[:3]
     planar = out.movedim(-1, 2).is_contiguous()
@@ -59,8 +83,17 @@ def colour_cpu(crops: Tensor, params: ViewParams, spec: ViewSpec, out: Tensor, s
     rows = (out.movedim(-1, 2) if planar else out).reshape(views, batch, 3 * size * size)
     scale, shift = _scale_and_shift(spec.normalize)
     ops = params.ops
+    background = _NO_MASKS if masks is None or params.masked is None else (masks, params.masked, params.window)
     run = functools.partial(
-        kernels.colour_rows, crops.numpy(), _kinds(ops.names), ops.apply, ops.value, ops.order, scale, shift
+        kernels.colour_rows,
+        crops.numpy(),
+        _kinds(ops.names),
+        ops.apply,
+        ops.value,
+        ops.order,
+        *background,
+        scale,
+        shift,
     )
     if out.dtype == torch.float32:
         run(rows.numpy(), 0, planar, _scratch(size), start, stop)
@@ -99,9 +132,13 @@ def _kinds(names: tuple[str, ...]) -> np.ndarray:
 # -- torch, any device
 
 
-def colour_torch(crops: Tensor, params: ViewParams, spec: ViewSpec, out: Tensor) -> None:
+def colour_torch(
+    crops: Tensor, params: ViewParams, spec: ViewSpec, out: Tensor, masks: np.ndarray | None = None
+) -> None:
     """`colour` by batched torch operations."""
     planes = crops.flatten(0, 1).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255.0
+    if masks is not None and params.masked is not None and params.window is not None:
+        _fill_background(planes, masks, params.masked, params.window)
     steps = _on_device([step for op in params.ops for step in _STEPS[op.name](op) if len(step[1])], planes.device)
     for step in steps:
         if step[0] is not _erase:
@@ -112,6 +149,34 @@ def colour_torch(crops: Tensor, params: ViewParams, spec: ViewSpec, out: Tensor)
         if step[0] is _erase:
             planes = _done(planes, *step)
     out.copy_(planes.unflatten(0, crops.shape[:2]).permute(0, 1, 3, 4, 2))
+
+
+def _fill_background(planes: Tensor, masks: np.ndarray, masked: np.ndarray, window: np.ndarray) -> None:
+    """Mid-grey, in place, where the masks (B, 2048) uint8, resampled into the views, are less than a half, and outside
+    the images. The resampling is two products with antialiased triangles, as `kernels.mask_taps` has them."""
+    views, rows = masked.nonzero()
+    if not len(views):
+        return
+    device, side = planes.device, kernels.MASK_SIDE
+    packed, where = on_device(masks[rows], device), on_device(window[views, rows], device)
+    chosen = on_device(views * masked.shape[1] + rows, device)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
+    bits = ((packed.unsqueeze(-1) >> shifts) & 1).view(-1, side, side).float()
+    down, across = (_mask_matrix(where[:, i], where[:, i + 2], planes.shape[-1]) for i in (0, 1))
+    foreground = torch.matmul(down, torch.matmul(bits, across.transpose(1, 2))) >= float(kernels.FOREGROUND)
+    planes[chosen] = torch.where(foreground.unsqueeze(1), planes[chosen], 0.5)
+
+
+def _mask_matrix(low: Tensor, high: Tensor, size: int) -> Tensor:
+    """(N, S, 128) weights of a mask's pixels, for the S pixels between `low` and `high` (N,)."""
+    side = kernels.MASK_SIDE
+    step = ((high - low) / size).view(-1, 1, 1)
+    radius = (step.abs() * side).clamp(min=1)
+    centre = low.view(-1, 1, 1) + (torch.arange(size, device=low.device, dtype=low.dtype).view(-1, 1) + 0.5) * step
+    pixel = torch.arange(side, device=low.device, dtype=low.dtype)
+    weight = (1 - (pixel - (centre * side - 0.5)).abs() / radius).clamp(min=0)
+    weight = weight * ((centre >= 0) & (centre <= 1))
+    return weight / weight.sum(-1, keepdim=True).clamp(min=_TINY)
 
 
 def _on_device(steps: list[Step], device: torch.device) -> list[tuple[Function, Tensor, Tensor]]:

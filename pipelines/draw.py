@@ -26,6 +26,7 @@ _MASK = (1 << 64) - 1
 # may take more than sixteen, as it is the last op.
 _ATTEMPTS = 10
 _FLIP_SLOT = 4 * _ATTEMPTS
+_MASK_SLOT = _FLIP_SLOT + 1
 _FIRST_OP_SLOT = 64
 _SLOTS_PER_OP = 16
 
@@ -80,7 +81,9 @@ class ViewParams:
     keeps the square of `size` pixels at `offset` (V, B, 2); all int32. Where nothing is resized the square may reach
     over the edge of the box, and is black there. `flip` (V, B) bool mirrors the result. Without `antialias` the filter
     of the resize does not grow with a reduction. The views of a spec lie in one array because kernels and draw cost
-    least over many at once.
+    least over many at once. `masked` (V, B) bool: the background is taken out; `window` (V, B, 4) float32: where the
+    square lies in the image, as shares of its height and width: top, left, bottom, right, with left and right
+    exchanged when it is mirrored. Both are None for a spec without masks.
     """
 
     size: int
@@ -91,6 +94,8 @@ class ViewParams:
     offset: np.ndarray
     flip: np.ndarray
     ops: PackedOps
+    masked: np.ndarray | None = None
+    window: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -98,8 +103,9 @@ class ViewParams:
 
     def replace_row(self, row: int, other: ViewParams) -> None:
         """Overwrite the parameters of image `row` with those of the only image of `other`."""
-        for name in ("box", "resized", "offset", "flip"):
-            getattr(self, name)[:, row] = getattr(other, name)[:, 0]
+        for name in ("box", "resized", "offset", "flip", "masked", "window"):
+            if getattr(self, name) is not None:
+                getattr(self, name)[:, row] = getattr(other, name)[:, 0]
         for name in ("apply", "value", "order"):
             getattr(self.ops, name)[:, row] = getattr(other.ops, name)[:, 0]
 
@@ -223,6 +229,11 @@ def _draw_views(spec: ViewSpec, stream: Stream, heights: np.ndarray, widths: np.
         resized, offset = _pad_then_crop(stream, heights, widths, spec.box_options["padding"], spec.size)
     ops = _draw_ops(spec.ops, stream, spec.size)
     by_view = functools.partial(_by_view, spec.count)
+    flip = stream.uniform(_FLIP_SLOT) < spec.flip
+    masks = {}
+    if spec.mask_p > 0:
+        masks["masked"] = by_view(stream.uniform(_MASK_SLOT) < spec.mask_p)
+        masks["window"] = by_view(_window(box, resized, offset, spec.size, flip, heights, widths))
     return ViewParams(
         size=spec.size,
         interpolation=spec.interpolation,
@@ -230,9 +241,26 @@ def _draw_views(spec: ViewSpec, stream: Stream, heights: np.ndarray, widths: np.
         box=by_view(box.astype(np.int32)),
         resized=by_view(resized.astype(np.int32)),
         offset=by_view(offset.astype(np.int32)),
-        flip=by_view(stream.uniform(_FLIP_SLOT) < spec.flip),
+        flip=by_view(flip),
         ops=PackedOps(ops.names, by_view(ops.apply), by_view(ops.value), by_view(ops.order)),
+        **masks,
     )
+
+
+def _window(
+    box: np.ndarray,
+    resized: np.ndarray,
+    offset: np.ndarray,
+    size: int,
+    flip: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+) -> np.ndarray:
+    """`ViewParams.window` (B, 4) of boxes (B, 4) whose square of `size` pixels lies at `offset` (B, 2)."""
+    pixel, sides = box[:, 2:] / resized, np.stack([heights, widths], axis=1)
+    first, last = (box[:, :2] + offset * pixel) / sides, (box[:, :2] + (offset + size) * pixel) / sides
+    first[flip, 1], last[flip, 1] = last[flip, 1], first[flip, 1]
+    return np.concatenate([first, last], axis=1).astype(np.float32)
 
 
 def _by_view(count: int, flat: np.ndarray) -> np.ndarray:

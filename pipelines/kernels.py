@@ -34,6 +34,8 @@ def _compiled(function: Any) -> Any:
 
 
 ZERO, HALF, ONE, TWO, FOUR, SIX, LEVELS = (np.float32(x) for x in (0, 0.5, 1, 2, 4, 6, 255))
+MASK_SIDE, MASK_PIXELS = 128, np.float32(128)
+FOREGROUND = np.float32(0.5 - 1e-3)  # a half, of which rounding, TF32 too, may have taken a little
 LUMA_R, LUMA_G, LUMA_B = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
 
 # Codes of operations, as `kinds` of the colour kernel; their names are those of `pipelines.views.OPS`.
@@ -413,14 +415,19 @@ def _vertical(lines, low, start, count, weight, crop):  # type: ignore[no-untype
 
 
 @_compiled
-def colour_rows(crops, kinds, apply, value, order, scale, shift, out, out_row, planar, scratch, first_row, last_row):  # type: ignore[no-untyped-def]
+def colour_rows(  # type: ignore[no-untyped-def]
+    crops, kinds, apply, value, order, masks, masked, window, scale, shift, out, out_row, planar, scratch,
+    first_row, last_row,
+):  # fmt: skip
     """Turn rows first_row ... last_row-1 of a batch of 8-bit crops into normalised views.
 
     crops (V, B, S, S, 3) uint8; kinds (O,) codes of the operations in their order; apply (V, B, O) bool, value
     (V, B, O, 6) float32, order (V, B, O, 4) uint8 as in `pipelines.draw.PackedOps`; scale, shift (3,) float32: a pixel
     x in [0, 1] becomes x * scale + shift; out (V, n, 3 S S) float32, or uint16 for the bits of bfloat16, as planes or
     interleaved, of which row 0 is row `out_row` of the batch; scratch: at least 6 S S + 4 S numbers. An `ERASE` is the
-    last operation, and done to what is stored.
+    last operation, and done to what is stored. Before the operations the background of views with `masked` (V, B) is
+    filled: masks (last_row - first_row, 2048) uint8 as they are stored, window (V, B, 4) as in
+    `pipelines.draw.ViewParams`; without masks all three are empty.
     """
     views, size = crops.shape[0], crops.shape[2]
     n = size * size
@@ -431,6 +438,8 @@ def colour_rows(crops, kinds, apply, value, order, scale, shift, out, out_row, p
     for b in range(first_row, last_row):
         for v in range(views):
             _load_planes(crops[v, b].reshape(3 * n), planes)
+            if len(masks) and masked[v, b]:
+                _fill_background(planes, size, masks[b - first_row], window[v, b], spare)
             for i in range(len(kinds)):
                 if not apply[v, b, i]:
                     continue
@@ -949,3 +958,57 @@ def _erase(out, size, planar, values):  # type: ignore[no-untyped-def]
             at = y * size + x
             for c in range(3):
                 out[c * size * size + at if planar else 3 * at + c] = _stored(values[4], out)
+
+
+# -- masks
+
+
+@_compiled
+def mask_taps(low, high, size, weight, start, count):  # type: ignore[no-untyped-def]
+    """Fill weight (S, 128), from column 0 on, start (S,) and count (S,): an antialiased triangle over the 128 pixels of
+    a mask, for the S pixels between `low` and `high`, which are shares of its side. A pixel whose centre is outside has
+    no taps. `high` may be the smaller one."""
+    step = (high - low) / np.float32(size)
+    radius = max(abs(step) * MASK_PIXELS, ONE)
+    for o in range(size):
+        centre = low + (np.float32(o) + HALF) * step
+        start[o] = count[o] = 0
+        if centre < ZERO or centre > ONE:
+            continue
+        at = centre * MASK_PIXELS - HALF
+        first, last = max(int(np.ceil(at - radius)), 0), min(int(np.floor(at + radius)), MASK_SIDE - 1)
+        total = ZERO
+        for t in range(first, last + 1):
+            w = max(ONE - abs(np.float32(t) - at) / radius, ZERO)
+            weight[o, t - first] = w
+            total += w
+        for t in range(last + 1 - first):
+            weight[o, t] /= total
+        start[o], count[o] = first, last + 1 - first
+
+
+@_compiled
+def _fill_background(planes, size, mask, window, spare):  # type: ignore[no-untyped-def]
+    """Mid-grey where the mask, resampled into the view, is less than a half, and outside the image."""
+    weight, start, count = np.empty((size, MASK_SIDE), np.float32), np.empty(size, np.int64), np.empty(size, np.int64)
+    mask_taps(window[1], window[3], size, weight, start, count)
+    lines = np.zeros((MASK_SIDE, size), np.float32)
+    for y in range(MASK_SIDE):
+        bits = mask[y * (MASK_SIDE // 8) : (y + 1) * (MASK_SIDE // 8)]
+        for x in range(size):
+            for t in range(count[x]):
+                at = start[x] + t
+                if (bits[at >> 3] >> (7 - (at & 7))) & 1:
+                    lines[y, x] += weight[x, t]
+    mask_taps(window[0], window[2], size, weight, start, count)
+    line = spare[:size]
+    for y in range(size):
+        line[:] = ZERO
+        for t in range(count[y]):
+            w, source = weight[y, t], lines[start[y] + t]
+            for x in range(size):
+                line[x] += w * source[x]
+        for x in range(size):
+            if line[x] < FOREGROUND:
+                at = y * size + x
+                planes[0, at] = planes[1, at] = planes[2, at] = HALF

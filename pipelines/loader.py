@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipelines import beton
 from pipelines.batch import ViewBatch, allocate, named_views
+from pipelines.beton_format import MASK_BYTES
 from pipelines.colour import colour
 from pipelines.crop import on_device
 from pipelines.draw import ViewParams, check_sizes, counter_hash, draw
@@ -68,7 +69,8 @@ class ViewLoader:
     `close()` ends its threads, at once and whatever they are doing; it is also a context manager.
 
     Raises:
-        ConfigError: batch and data do not fit, the engine cannot make a view, or an image is too small for one.
+        ConfigError: batch and data do not fit, the engine cannot make a view, an image is too small for one, or views
+            are to be masked and the data has no masks.
         InputError: a data file is refused.
         RunError: while iterating: too many images are unreadable; the views of an image could not be made for a
             reason nobody expected, which is the cause; the loader is closed, or was made by another process.
@@ -101,6 +103,7 @@ class ViewLoader:
         self.shuffle = shuffle
         self.epoch, self.update = 0, 0
         self._unreadable: set[int] = set()
+        self._unmasked: set[int] = set()
         self._lock = threading.Lock()
         self._process, self._closed = os.getpid(), False
         self._owns_files = isinstance(files, (str, Path, list, tuple))
@@ -121,6 +124,7 @@ class ViewLoader:
             for _, plan in self.phases:
                 for spec in plan:
                     make_engine.check(spec, resize)
+                    _check_masks(spec, self.files)
                     check_sizes(spec, self.files.heights, self.files.widths, lambda i: place(self.files, i))
             self.pool = Pool(workers)
             try:
@@ -245,17 +249,19 @@ class ViewLoader:
         if self.device.type != "cpu":
             with self._naming(index):
                 crops = self.engine.crops(index.copy(), params, replace)
-            return _Prepared(plan, index, position, params, crops, None)
+                masks = self._masks(index, params, 0, len(index))
+            return _Prepared(plan, index, position, params, crops, masks, None)
         made = self._allocate(plan, len(index))
 
         def finish(crops: list[Tensor], start: int, stop: int) -> None:
             with self._naming(index[start:stop]):
+                masks = self._masks(index, params, start, stop)
                 for spec, view, crop, out in zip(plan, params, crops, made[0], strict=True):
-                    colour(crop, view, spec, out, start, stop)
+                    colour(crop, view, spec, out, start, stop, masks)
 
         with self._naming(index):
             self.engine.crops(index.copy(), params, replace, finish)
-        return _Prepared(plan, index, position, params, [], made)
+        return _Prepared(plan, index, position, params, [], None, made)
 
     def _finish(self, prepared: _Prepared) -> ViewBatch:
         """On an accelerator, the colour work; the rest of a batch."""
@@ -267,7 +273,7 @@ class ViewLoader:
                 crop = crop.to(self.device, non_blocking=True)
                 if crop.is_cuda:  # an engine may have made it on a stream of its own
                     crop.record_stream(torch.cuda.current_stream(self.device))
-                colour(crop, view, spec, out)
+                colour(crop, view, spec, out, masks=prepared.masks)
         buffers, storage = made
         index, label, position = (
             on_device(np.ascontiguousarray(values, dtype=np.int64), self.device)
@@ -286,6 +292,35 @@ class ViewLoader:
             others = f" or one of the {len(index) - 1} images after it in the batch" if len(index) > 1 else ""
             reason = f"{type(error).__name__}: {error}"
             raise RunError(f"{place(self.files, int(index[0]))}{others}: {reason}") from error
+
+    def _masks(self, index: np.ndarray, params: list[ViewParams], start: int, stop: int) -> np.ndarray | None:
+        """(stop - start, 2048) uint8 masks of some rows of a batch; None when no view of them is masked."""
+        chosen = [view.masked[:, start:stop].any(0) for view in params if view.masked is not None]
+        rows = np.flatnonzero(np.logical_or.reduce(chosen)) if chosen else ()
+        if not len(rows):
+            return None
+        masks = np.empty((stop - start, MASK_BYTES), np.uint8)
+        for row in rows:
+            masks[row] = self._mask(int(index[start + row]))
+        return masks
+
+    def _mask(self, index: int) -> np.ndarray:
+        """The mask of a sample; one that cannot be read takes nothing away from the image."""
+        try:
+            return self.files.packed_mask(index)
+        except InputError as error:
+            with self._lock:
+                new = index not in self._unmasked
+                self._unmasked.add(index)
+                count = len(self._unmasked)
+            if new:
+                log.warning("image %d is not masked: %s", index, error)
+            if count > self._unreadable_limit:
+                raise RunError(
+                    f"{count} of {len(self.files)} masks could not be read, and at most {self._unreadable_limit} may "
+                    f"be; run `relssl verify` on the data. The last one: {error}"
+                ) from error
+            return np.full(MASK_BYTES, 255, np.uint8)
 
     def _allocate(self, plan: Sequence[ViewSpec], batch: int) -> tuple[list[Tensor], dict[str, Tensor]]:
         return allocate(plan, batch, self.device, self.dtype, channels_last=self.channels_last, memory=self._memory)
@@ -326,11 +361,24 @@ class _Prepared:
     position: np.ndarray
     params: list[ViewParams]
     crops: list[Tensor]
+    masks: np.ndarray | None
     made: tuple[list[Tensor], dict[str, Tensor]] | None
 
 
 def _closed() -> RunError:
     return RunError("the loader is closed; open another one, or close it later")
+
+
+def _check_masks(spec: ViewSpec, files: Any) -> None:
+    """Raises ConfigError when a view is to be masked and the data has no masks."""
+    if spec.mask_p == 0 or files.has_masks:
+        return
+    without = [str(file.path) for file in (files.files.files if isinstance(files, Subset) else files.files)
+               if not file.has_masks]  # fmt: skip
+    raise ConfigError(
+        f"view {spec.name!r}: mask_p is {spec.mask_p}, but {', '.join(without)} has no masks; make masks with "
+        f"{beton.HOW_TO_MASK}, or set mask_p: 0"
+    )
 
 
 def _numbered(device: torch.device) -> torch.device:

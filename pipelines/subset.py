@@ -19,7 +19,7 @@ class Subset:
         self.labels = files.labels[self.ids]
         self.heights, self.widths = files.heights[self.ids], files.widths[self.ids]
         self.is_jpeg = files.is_jpeg[self.ids]
-        self.classes = files.classes
+        self.classes, self.has_masks = files.classes, files.has_masks
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -29,6 +29,12 @@ class Subset:
 
     def decode(self, index: int) -> np.ndarray:
         return self.files.decode(int(self.ids[index]))
+
+    def packed_mask(self, index: int) -> np.ndarray:
+        return self.files.packed_mask(int(self.ids[index]))
+
+    def mask(self, index: int) -> np.ndarray:
+        return self.files.mask(int(self.ids[index]))
 
     def locate(self, index: int) -> tuple[Any, int]:
         """The file that holds a sample, and the sample's id there."""

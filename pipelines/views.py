@@ -65,6 +65,8 @@ class ViewSpec:
             it.)
         ops: `(op, probability, {parameter: value})` in the order in which they are applied. `erase` comes after the
             normalisation and is the last.
+        mask_p: probability that the background of a view is filled with mid-grey, 0.5, before the ops; each view of a
+            sample draws for itself. What is background says the mask of the image, so the data needs masks.
         normalize: per-channel mean and std of pixels in [0, 1], or None to leave pixels in [0, 1].
 
     Raises:
@@ -95,8 +97,7 @@ class ViewSpec:
             )
         if not isinstance(self.antialias, bool):
             raise ConfigError(f"{where}: antialias is true or false, got {self.antialias!r}")
-        if self.mask_p != 0:
-            raise ConfigError(f"{where}: mask_p needs saliency masks, which this version does not have; set it to 0")
+        _check_probability(self.mask_p, f"{where}: mask_p")
         object.__setattr__(self, "box", _checked_box(self.box, where))
         if self.box_kind == "center" and self.box_options["resize"] < self.size:
             raise ConfigError(

@@ -34,7 +34,7 @@ bench_app = typer.Typer(help="Measure and prove: views, losses, parity.", no_arg
 app.add_typer(bench_app, name="bench")
 
 # Verbs and evaluators of later versions: refused by name, so that nobody looks for a spelling mistake.
-PLANNED = ("import", "export", "compare", "ls", "saliency")
+PLANNED = ("import", "export", "compare", "ls")
 PLANNED_PARTS = {
     "eval": (("finetune", "retrieval", "probe"), "knn, linear"),
     "bench": (("step", "budget"), "losses, parity, views"),
@@ -112,7 +112,10 @@ def convert(
     quality: Annotated[int, typer.Option(help="JPEG quality of images that are encoded anew")] = 95,
     window: Annotated[tuple[float, float] | None, typer.Option(help="LOW HIGH of 16-bit images")] = None,
     workers: Annotated[int | None, typer.Option(help="threads; all cores by default")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="an unreadable image is an error")] = False,
+    masks: Annotated[
+        Path | None, typer.Option(help="folder of pictures called like the images: 128 or more is foreground")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="an unreadable image or mask is an error")] = False,
     force: Force = False,
 ) -> None:
     """Convert images to one .beton file. Unreadable images are skipped and listed."""
@@ -137,6 +140,7 @@ def convert(
             workers=workers,
             strict=strict,
             force=force,
+            masks=masks,
             progress=lambda count, total, size: progress(count, total),
         )
     typer.echo(done.text())
@@ -154,6 +158,32 @@ def verify(
         found = check(file, decode=decode, progress=progress)
     typer.echo(found.text())
     found.raise_if_damaged()
+
+
+@app.command()
+def saliency(
+    data: Annotated[Path, typer.Argument(help="a .beton file")],
+    out: Annotated[
+        Path | None, typer.Argument(help="the .beton file to write: the same images with masks; none: only --sheet")
+    ] = None,
+    sheet: Annotated[Path | None, typer.Option(help="draw images, saliency and masks to this picture")] = None,
+    images: Annotated[int, typer.Option(help="how many images on the sheet, evenly spaced", min=1)] = 40,
+    workers: Annotated[int | None, typer.Option(help="threads; all cores by default")] = None,
+    force: Force = False,
+) -> None:
+    """Find what is foreground in each image, without training, for views with `mask_p`. Writes a new file."""
+    if out is None and sheet is None:
+        raise ConfigError("nothing to do: name the .beton file to write, or a picture with --sheet, or both")
+    if out is not None:
+        from dataset_tools.masks import add_masks
+
+        with progress_bar("finding the foreground") as progress:
+            done = add_masks(data, out, workers=workers, force=force, progress=progress)
+        typer.echo(done.text())
+    if sheet is not None:
+        from relssl.sheets import draw_saliency
+
+        typer.echo(f"sheet: {draw_saliency(data, sheet, num_images=images)}")
 
 
 @app.command()

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from dataset_tools.saliency import saliency
 from pipelines import beton
 from pipelines.errors import InputError
 from pipelines.loader import ViewLoader
@@ -55,6 +57,47 @@ def draw_views(recipe: Recipe, out: Path, *, num_images: int = 8, epoch: int = 0
     picture = sheet(rows, column_titles=titles, title=f"{name}: views, epoch {epoch}, seed {recipe.train.seed}")
     picture.save(out)
     return out
+
+
+def draw_saliency(data: Path, out: Path, *, num_images: int = 40) -> Path:
+    """Write a sheet of images of a `.beton` file with their saliency, its mask, and the image with a grey background:
+    two images a row, evenly spaced over the file. One that cannot be decoded is left out."""
+    found = []
+    with beton.open(data) as files:
+        chosen = spread(files, num_images)
+        for i in range(len(chosen)):
+            pixels = _decoded(chosen, i)
+            if pixels is not None:
+                found.append(_saliency_cells(pixels))
+    if not found:
+        raise InputError(f"{data}: none of {len(chosen)} images can be decoded")
+    rows = [("", [cell for cells in found[i : i + 2] for cell in cells]) for i in range(0, len(found), 2)]
+    titles = ["image", "saliency", "mask", "masked"]
+    picture = sheet(
+        rows,
+        column_titles=titles * min(len(found), 2),
+        title="Saliency by robust background detection",
+        caption="a mask that is light all over: no subject was found, the whole image is foreground",
+        fit_first_column=False,
+    )
+    picture.save(out)
+    return out
+
+
+def _saliency_cells(pixels: np.ndarray, side: int = 192) -> list[np.ndarray]:
+    """The four pictures of an image, reduced or enlarged to a longer side of `side` pixels."""
+    found = saliency(pixels)
+    scale = side / max(pixels.shape[:2])
+    size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
+    image = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    grey = np.asarray(Image.fromarray((found.map * 255 + 0.5).astype(np.uint8)).resize(size))
+    mask = np.asarray(Image.fromarray(found.mask).resize(size, Image.Resampling.NEAREST))[..., None]
+    return [
+        image,
+        np.repeat(grey[..., None], 3, axis=2),
+        np.repeat(mask, 3, axis=2).astype(np.uint8) * 225,  # not white, as the page is
+        np.where(mask, image, 128).astype(np.uint8),
+    ]
 
 
 def _columns(plan: Sequence[ViewSpec], views: dict[str, tuple[Tensor, ...]]) -> list[np.ndarray]:

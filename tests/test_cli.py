@@ -48,7 +48,8 @@ def pictures(tmp_path):
 def test_help_lists_every_verb(capsys):
     code, text = relssl(capsys, "--help")
     assert code == 0
-    for verb in ("convert", "verify", "views", "configs", "validate", "train", "eval", "report", "demo", "doctor"):
+    verbs = ("convert", "verify", "saliency", "views", "configs", "validate", "train", "eval", "report", "demo")
+    for verb in (*verbs, "doctor"):
         assert verb in text
 
 
@@ -294,6 +295,46 @@ def test_views_draws_a_sheet(capsys, tmp_path):
     with Image.open(out) as picture:
         assert picture.width > 4 * 64  # original, teacher, two students
         assert picture.height > 6 * 64
+
+
+def test_masks_from_data_to_views(capsys, tmp_path):
+    recipe = tiny.write_recipe(tmp_path)
+    recipe.write_text(recipe.read_text().replace("name: student", "name: student\n    mask_p: 0.5"))
+    code, text = relssl(capsys, "views", recipe, "--out", tmp_path / "a.png")
+    assert code == 2
+    assert "make masks with relssl saliency" in text
+    out, sheet = tmp_path / "masked.beton", tmp_path / "saliency.png"
+    code, text = relssl(capsys, "saliency", tmp_path / "train.beton", out, "--sheet", sheet, "--images", "5")
+    assert code == 0, text
+    assert "images/s" in text
+    assert f"sheet: {sheet}" in text
+    with Image.open(sheet) as picture:
+        assert picture.width > 8 * 128  # two images in a row, in four pictures
+    code, text = relssl(capsys, "verify", out)
+    assert code == 0
+    assert "with masks" in text
+    code, text = relssl(capsys, "views", recipe, f"data.train={out}", "--out", tmp_path / "a.png")
+    assert code == 0, text
+    code, text = relssl(capsys, "saliency", out)
+    assert code == 2
+    assert "--sheet" in text
+    code, text = relssl(capsys, "saliency", tmp_path / "train.beton", out)
+    assert code == 2
+    assert "--force" in text
+
+
+def test_convert_takes_masks(capsys, pictures, tmp_path):
+    masks = tmp_path / "masks" / "cat"
+    masks.mkdir(parents=True)
+    for i in range(10):
+        Image.fromarray(np.full((20, 24), 255, dtype=np.uint8)).save(masks / f"{i}.jpg")
+    code, text = relssl(capsys, "convert", pictures, tmp_path / "a.beton", "--masks", masks.parent)
+    assert code == 0, text
+    assert "masks: 10 from" in text
+    assert "10 x no mask file: dog/0.png" in text
+    code, text = relssl(capsys, "convert", pictures, tmp_path / "b.beton", "--masks", tmp_path / "absent")
+    assert code == 3
+    assert "expected a folder of masks" in text
 
 
 def test_doctor_runs(capsys):

@@ -33,6 +33,17 @@ for path, os_cache, out in json.loads(sys.argv[1]):
     np.savez(out, images=np.concatenate(images), labels=np.concatenate(labels)[:, 0])
 """
 
+READ_MASKS = """
+import sys, numpy as np
+from ffcv.loader import Loader, OrderOption
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+from ffcv.fields.ndarray import NDArrayDecoder
+loader = Loader(sys.argv[1], batch_size=4, num_workers=1, os_cache=True, order=OrderOption.SEQUENTIAL, drop_last=False,
+                pipelines={"image": [SimpleRGBImageDecoder()], "mask": [NDArrayDecoder()], "label": None})
+images, masks = zip(*((image.copy(), mask.copy()) for image, mask in loader))
+np.savez(sys.argv[2], images=np.concatenate(images), masks=np.concatenate(masks))
+"""
+
 WRITE = """
 import sys, json, numpy as np
 from ffcv.writer import DatasetWriter
@@ -49,20 +60,25 @@ class Data:
         pair = (images[i], int(3 * i - 1))
         if not self.more:
             return pair
+        if self.more == "mask":
+            return *pair, np.full(2048, i, "u1")
         return 0.5, np.frombuffer(b"name", "u1"), *pair, {"i": int(i)}, np.zeros(16, "u1")
 
 for path, more, options in variants:
     fields = {"image": RGBImageField(**options), "label": IntField()}
-    if more:
+    if more == "mask":
+        fields["mask"] = NDArrayField(np.dtype("u1"), (2048,))
+    elif more:
         fields = {"weight": FloatField(), "name": BytesField(), **fields, "info": JSONField(),
                   "mask": NDArrayField(np.dtype("u1"), (16,))}
     DatasetWriter(path, fields, num_workers=2).from_indexed_dataset(Data(more), chunksize=3)
 """
 
 # What stock FFCV writes: whether other fields lie around image and label, and the options of its image field.
-VARIANTS: dict[str, tuple[bool, dict[str, object]]] = {
+VARIANTS: dict[str, tuple[bool | str, dict[str, object]]] = {
     "raw": (False, {"write_mode": "raw"}),
     "more": (True, {"write_mode": "raw"}),
+    "mask": ("mask", {"write_mode": "raw"}),
     "jpg": (False, {"write_mode": "jpg", "jpeg_quality": 95}),
     "smart": (False, {"write_mode": "smart", "smart_threshold": 4000, "jpeg_quality": 95}),
     "proportion": (False, {"write_mode": "proportion", "compress_probability": 0.5, "jpeg_quality": 95}),
@@ -157,10 +173,23 @@ def test_we_read_what_stock_ffcv_wrote(theirs: Path, name: str) -> None:
         assert len(read) == 24
         assert np.array_equal(read.labels, 3 * np.arange(24) - 1)
         assert read.manifest is None
+        assert read.has_masks == (name == "mask")  # the field `mask` of "more" is something else
+        if read.has_masks:
+            assert [read.packed_mask(i).tolist() for i in range(24)] == [[i] * 2048 for i in range(24)]
         for i, image in enumerate(MIXED):
             difference = np.abs(read.decode(i).astype(int) - image)
             assert difference.mean() < (3 if read.is_jpeg[i] else 1e-9)
         jpegs = int(read.is_jpeg.sum())
-    expected = {"raw": [0], "more": [0], "jpg": [24], "smart": [12], "proportion": range(1, 24)}
+    expected = {"raw": [0], "more": [0], "mask": [0], "jpg": [24], "smart": [12], "proportion": range(1, 24)}
     assert jpegs in expected[name]
     assert beton.verify(theirs / f"{name}.beton", decode=True).decoded == 24
+
+
+def test_stock_ffcv_reads_our_masks(tmp_path: Path) -> None:
+    images = smooth_images(10, 24, 40)
+    masks = np.random.default_rng(0).integers(0, 2, (10, 128, 128)).astype(bool)
+    beton.write(tmp_path / "a.beton", zip(images, range(10), masks, strict=True), count=10, masks=True)
+    run(READ_MASKS, str(tmp_path / "a.beton"), str(tmp_path / "read.npz"))
+    read = np.load(tmp_path / "read.npz")
+    assert np.array_equal(read["images"], np.stack(images))
+    assert np.array_equal(beton.unpacked(read["masks"]), masks)

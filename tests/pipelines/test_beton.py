@@ -25,6 +25,7 @@ from PIL import Image
 from pipelines import beton, beton_write
 from pipelines import beton_format as fmt
 from pipelines.errors import ConfigError, InputError, RelsslError, RunError
+from pipelines.subset import Subset
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -743,3 +744,136 @@ beton.write({str(tmp_path / "a.beton")!r}, samples())
     assert leftovers(tmp_path) == [".a.beton.partial"]
     with pytest.raises(RelsslError):
         beton.open(tmp_path / ".a.beton.partial")
+
+
+# -- masks
+
+
+def mask_of(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2, (128, 128)).astype(bool)
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> Path:
+    """Six raw images of one size with masks."""
+    beton.write(tmp_path / "masked.beton", [(picture(70, 60, i), i, mask_of(i)) for i in range(6)], masks=True)
+    return tmp_path / "masked.beton"
+
+
+def mask_place(path: Path, i: int) -> int:
+    with beton.Beton(path) as read:
+        offsets = fmt.read_tables(read.data, "").mask_offsets
+    assert offsets is not None
+    return int(offsets[i])
+
+
+@pytest.mark.parametrize("room", [2, 4096])
+def test_masks_are_read_as_they_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    monkeypatch.setattr(beton_write, "_FIRST_ROOM", room)
+    samples = [(picture(9, 8, i), i, mask_of(i)) for i in range(50)]
+    manifest = beton.write(tmp_path / "a.beton", iter(samples), masks=True)
+    with beton.open(tmp_path / "a.beton") as read:
+        assert read.has_masks
+        assert read.files[0].fields == ("image", "label", "mask")
+        for i, (image, _, mask) in enumerate(samples):
+            assert np.array_equal(read.decode(i), image)
+            assert np.array_equal(read.mask(i), mask)
+            assert np.array_equal(read.packed_mask(i), np.packbits(mask))
+            assert read.mask(i).dtype == bool
+        assert "mask_fingerprints" not in (read.manifest or {})  # megabytes, which nobody wants in a log
+    assert "mask_fingerprints" in manifest
+    assert beton.verify(tmp_path / "a.beton", decode=True).ok
+
+
+def test_a_file_without_masks_has_none(path: Path, masked: Path) -> None:
+    assert "mask_fingerprints" not in json.loads(beton.manifest_path(path).read_text())
+    with beton.open(path) as read, beton.open([masked, path]) as both, beton.open([masked, masked]) as twice:
+        assert read.files[0].fields == ("image", "label")
+        assert not read.has_masks
+        assert not both.has_masks
+        assert twice.has_masks
+        assert np.array_equal(twice.mask(7), mask_of(1))
+        with pytest.raises(InputError, match=r"a\.beton has no masks; make a file that has: relssl saliency"):
+            read.mask(0)
+        with pytest.raises(IndexError):
+            twice.files[0].mask(6)
+        part = Subset(twice, np.array([9, 2]))
+        assert part.has_masks
+        assert np.array_equal(part.mask(0), mask_of(3))
+        assert np.array_equal(part.packed_mask(1), np.packbits(mask_of(2)))
+
+
+def test_the_format_of_files_without_masks_stays(tmp_path: Path) -> None:
+    """To the byte: this is the hash of what the first version wrote."""
+    beton.write(tmp_path / "a.beton", [(np.arange(72, dtype=np.uint8).reshape(4, 6, 3), 3)])
+    content = (tmp_path / "a.beton").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == "418d55163a5681fea052a20874364acc5ae1d236ed434d159f1ce53182d4e1e2"
+
+
+def test_other_masks_give_another_content_hash(tmp_path: Path, masked: Path) -> None:
+    beton.write(tmp_path / "b.beton", [(picture(70, 60, i), i, mask_of(i + (i == 3))) for i in range(6)], masks=True)
+    with beton.open(masked) as a, beton.open(tmp_path / "b.beton") as b:
+        assert a.content_hash != b.content_hash
+
+
+MASK_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "pointer": (
+        lambda p: edit(p, ROWS + fmt.DESCRIPTOR.itemsize + 24, u8),
+        "sample 0: mask at byte 1099511627776, which the allocation table does not list",
+    ),
+    "length": (
+        lambda p: edit(p, table_start(p) + 6 * 24 + 16, (2047).to_bytes(8, "little")),
+        "sample 0: a mask of 2047 bytes, expected 2048",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MASK_DAMAGE)
+def test_a_mask_that_is_missing_is_named(masked: Path, kind: str) -> None:
+    damage, message = MASK_DAMAGE[kind]
+    beton.manifest_path(masked).unlink()
+    damage(masked)
+    with pytest.raises(InputError, match=message):
+        beton.open(masked)
+    assert message in beton.verify(masked).problems[0]
+
+
+def test_a_corrupt_mask_is_named(masked: Path) -> None:
+    edit(masked, mask_place(masked, 2) + 1000, b"\x5a")
+    with beton.open(masked) as read:
+        assert np.array_equal(read.decode(2), picture(70, 60, 2))  # the image is sound
+        for use in (read.mask, read.packed_mask):
+            with pytest.raises(InputError, match=r"masked\.beton: sample 2: its mask is not the one that was written"):
+                use(2)
+        assert np.array_equal(read.mask(3), mask_of(3))
+    assert beton.verify(masked).problems == [
+        f"{masked}: the images and masks are not those that were written (sha256 differs)",
+        f"{masked}: sample 2: its mask is not the one that was written for it",
+    ]
+
+
+def test_a_field_mask_of_another_kind_is_not_ours(masked: Path) -> None:
+    """FFCV's users have had fields of this name before."""
+    beton.manifest_path(masked).unlink()
+    start = fmt.HEADER.itemsize + 2 * fmt.DESCRIPTOR.itemsize + 17
+    edit(masked, start, (64).to_bytes(8, "little"))  # its shape
+    with beton.open(masked) as read:
+        assert not read.has_masks
+        assert np.array_equal(read.decode(5), picture(70, 60, 5))
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ((picture(4, 4), 1), r"expected \(image, label, mask\), got 2 parts"),
+        ((picture(4, 4), 1, np.ones((128, 127), bool)), r"expected a mask as bool \(128, 128\), got bool \(128, 127\)"),
+        ((picture(4, 4), 1, np.ones((128, 128), np.uint8)), "got uint8"),
+        ((picture(4, 4), 1, None), "got NoneType"),
+    ],
+)
+def test_what_is_no_mask_is_refused(tmp_path: Path, sample: tuple[np.ndarray, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        beton.write(tmp_path / "a.beton", [sample], masks=True)
+    with pytest.raises(InputError, match=r"expected \(image, label\), got 3 parts"):
+        beton.write(tmp_path / "a.beton", [(picture(4, 4), 1, mask_of(0))])
+    assert leftovers(tmp_path) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import ColorJitter, RandomAffine, RandomCrop, RandomErasing, RandomResizedCrop
 from torchvision.transforms.functional import _get_inverse_affine_matrix
 
+from pipelines.crop import crop_small
 from pipelines.draw import JITTER_OPS, RANDAUGMENT_OPS, Stream, check_sizes, counter_hash, draw, inverse_affine
 from pipelines.errors import ConfigError
 from pipelines.views import ViewSpec
@@ -457,3 +459,66 @@ def test_the_generator_is_frozen():
 
 FROZEN_KEYS = ["f9a321bac6164bd8", "24e95aa7d4f5becf", "ba9d241260ee8a54"]
 FROZEN_UNIFORM = [0.7010148158518115, 0.25413396011805556, 0.47811315980965563]
+
+
+# -- masks
+
+
+def test_masks_change_nothing_else_that_is_drawn():
+    plain = draw_sized(EVERY, 30, height=50, width=40)
+    masked = draw_sized([dataclasses.replace(spec, mask_p=0.5) for spec in EVERY], 30, height=50, width=40)
+    for a, b in zip(plain, masked, strict=True):
+        assert a.masked is None
+        assert a.window is None
+        for x, y in zip(rows_of(a, slice(None)), rows_of(b, slice(None)), strict=True):
+            assert (x == y).all()
+
+
+def test_plans_are_drawn_as_they_were_before_there_were_masks():
+    """A run that is resumed has the views it would have had."""
+    digest = hashlib.sha256()
+    index, widths = np.arange(50), np.arange(30, 80)
+    plan = [*PLAN, PADDED, WARPED]
+    for params in draw(plan, seed=7, epoch=3, index=index, heights=np.full(50, 40), widths=widths):
+        ops = params.ops
+        arrays = (params.box, params.resized, params.offset, params.flip, ops.apply, ops.order, ops.value[..., :6])
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array).tobytes())
+    assert digest.hexdigest() == "8370c2975593a73892721054307596682bb1313bc76b011f5a5813e520cb2134"
+
+
+def test_each_view_is_masked_for_itself():
+    spec = ViewSpec("a", 8, count=2, flip=0.5, ops=[["grey", 0.5]], mask_p=0.3)
+    (params,) = draw_sized([spec], 20_000, height=20, width=20)
+    assert params.masked.shape == (2, 20_000)
+    assert abs(params.masked.mean(1) - 0.3).max() < 0.015
+    for other in (params.masked[1], params.flip[0], params.ops.apply[0, :, 0]):
+        assert abs(np.corrcoef(params.masked[0], other)[0, 1]) < 0.03
+    (always,) = draw_sized([dataclasses.replace(spec, mask_p=1)], 50, height=20, width=20)
+    assert always.masked.all()
+
+
+@pytest.mark.parametrize("box", [{"random_resized": {}}, {"center": {"resize": 40}}, {"whole": {}}])
+def test_the_window_is_where_the_crop_lies(box):
+    """A crop of an image of coordinates has those of its window."""
+    y, x = np.mgrid[:50, :70] + 0.5
+    image = np.stack([y / 50 * 255, x / 70 * 255, 0 * x], axis=-1).round().astype(np.uint8)
+    (params,) = draw_sized([ViewSpec("a", 32, box=box, flip=0.5, mask_p=1)], 20, height=50, width=70)
+    crops = np.empty((1, 20, 32, 32, 3), np.uint8)
+    crop_small(image[None], np.zeros(20, np.int64), params, crops)
+    share = (np.arange(32) + 0.5) / 32
+    for b in range(20):
+        top, left, bottom, right = params.window[0, b]
+        for axis, low, high in ((0, top, bottom), (1, left, right)):
+            expected = low + (high - low) * share
+            found = crops[0, b, :, :, axis].mean(1 - axis) / 255
+            assert abs(found - expected)[3:-3].max() < 0.01
+
+
+def test_a_replaced_row_has_its_own_mask():
+    spec = ViewSpec("a", 8, count=3, mask_p=0.5)
+    mine, other = (draw_sized([spec], 9, height=20, width=20, first=first)[0] for first in (0, 100))
+    one = draw_sized([spec], 1, height=20, width=20, first=104)[0]
+    mine.replace_row(4, one)
+    assert (mine.masked[:, 4] == other.masked[:, 4]).all()
+    assert (mine.window[:, 4] == other.window[:, 4]).all()

@@ -328,10 +328,10 @@ def test_an_error_in_a_crop_names_the_sample(folder, engine, monkeypatch):
 def test_an_error_in_the_colours_names_the_sample(folder, engine, monkeypatch):
     colour = loader_module.colour
 
-    def fails(crops, params, spec, out, start, stop):
+    def fails(crops, params, spec, out, start, stop, masks):
         if spec.size == 16 and start <= 3 < stop:
             raise ZeroDivisionError("colour")
-        colour(crops, params, spec, out, start, stop)
+        colour(crops, params, spec, out, start, stop, masks)
 
     monkeypatch.setattr(loader_module, "colour", fails)
     with ViewLoader(folder / "jpeg.beton", [(None, MANY)], engine=engine, shuffle=False, **OPTIONS) as loader:

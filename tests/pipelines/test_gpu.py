@@ -58,6 +58,44 @@ def test_views_are_those_of_the_cpu(data, engine):
     assert (here["c"] - there["c"]).abs().max() <= 1e-5  # nor a resize; whole levels
 
 
+@pytest.fixture(scope="module")
+def masked_data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("masked") / "images.beton"
+    masks = smooth_images(32, 128, 128, seed=1)[..., 0] > 128
+    images = smooth_images(32, 90, 70)
+    beton.write(path, ((jpeg(image), i, masks[i]) for i, image in enumerate(images)), count=32, masks=True)
+    return path
+
+
+MASKED = [ViewSpec("m", 48, count=2, flip=0.5, mask_p=0.7, normalize=None)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_masked_views_are_those_of_the_cpu(masked_data, engine):
+    found = {}
+    for device in ("cpu", "cuda"):
+        with ViewLoader(masked_data, [(None, MASKED)], global_batch=8, device=device, engine=engine) as loader:
+            found[device] = torch.cat([batch.stacked("m").cpu() for batch in loader])
+    grey = [(found[device] == 0.5).all(1) for device in ("cpu", "cuda")]
+    assert 0.1 < grey[0].float().mean() < 0.7
+    assert (grey[0] != grey[1]).float().mean() < 1e-3
+    same = (grey[0] == grey[1]).unsqueeze(1)
+    assert ((found["cpu"] - found["cuda"]).abs() * 255 * same).max() <= 1.01
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_masks_do_not_wait_for_the_device(masked_data, engine):
+    with ViewLoader(masked_data, [(None, MASKED)], global_batch=8, device="cuda", engine=engine) as loader:
+        next(iter(loader))
+        loader.set_position(1)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch in loader:
+                batch.stacked("m").mul_(2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_channels_last(data, dtype):
     with ViewLoader(data, [(None, PLAN)], global_batch=8, device="cuda", dtype=dtype) as loader:

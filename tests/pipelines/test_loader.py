@@ -5,6 +5,7 @@ That views do not depend on how the work is divided is shown in `test_proofs`, w
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from io import BytesIO
 
@@ -14,7 +15,10 @@ import torch
 from PIL import Image
 
 from pipelines import beton
+from pipelines import loader as loader_module
 from pipelines.batch import ViewBatch
+from pipelines.beton_format import read_tables
+from pipelines.colour import colour_torch
 from pipelines.draw import draw
 from pipelines.errors import ConfigError, RunError
 from pipelines.loader import ViewLoader
@@ -251,3 +255,144 @@ def test_file_order_covers_every_image_once(data):
             ) as loader:  # fmt: skip
                 seen += [i for batch in loader for i in batch.index.tolist()]
         assert sorted(seen) == list(range(COUNT))
+
+
+# -- masks
+
+MASKED = [
+    ViewSpec("large", 24, count=2, flip=0.5, mask_p=0.5, normalize=None),
+    ViewSpec("small", 16, normalize=None),
+]
+
+
+def half_masks(count):
+    """The upper half is foreground, of every third image the left one."""
+    masks = np.zeros((count, 128, 128), bool)
+    masks[:, :64] = True
+    masks[::3] = masks[::3].transpose(0, 2, 1)
+    return masks
+
+
+@pytest.fixture(scope="module")
+def masked_data(tmp_path_factory):
+    """The images of `data`, without black, with masks."""
+    path = tmp_path_factory.mktemp("masked") / "masked.beton"
+    images = [*smooth_images(COUNT // 2, 32, 32), *smooth_images(COUNT - COUNT // 2, 40, 28, seed=1)]
+    samples = (
+        (jpeg(image), i % 2, mask) for i, (image, mask) in enumerate(zip(images, half_masks(COUNT), strict=True))
+    )
+    beton.write(path, samples, count=COUNT, masks=True)
+    return path
+
+
+def all_of(files, plan, **options):
+    with ViewLoader(files, [(None, plan)], global_batch=8, drop_last=False, shuffle=False, **options) as loader:
+        return [{name: [v.clone() for v in views] for name, views in batch.views.items()} for batch in loader]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_masked_views_are_the_others_with_grey_background(masked_data, engine):
+    plain_plan = [dataclasses.replace(spec, mask_p=0) for spec in MASKED]
+    plain, masked = (all_of(masked_data, plan, engine=engine) for plan in (plain_plan, MASKED))
+    with beton.open(masked_data) as files:
+        (params, _) = draw(MASKED, seed=0, epoch=0, index=np.arange(COUNT), heights=files.heights, widths=files.widths)
+    seen = {True: 0, False: 0}
+    for i in range(COUNT):
+        batch, row = divmod(i, 8)
+        assert torch.equal(plain[batch]["small"][0][row], masked[batch]["small"][0][row])
+        for v in range(2):
+            a, b = plain[batch]["large"][v][row], masked[batch]["large"][v][row]
+            grey = (b == 0.5).all(0)
+            assert torch.equal(a[:, ~grey], b[:, ~grey])
+            top, left, bottom, right = params.window[v, i]
+            share = (np.arange(24) + 0.5) / 24
+            along, axis = ((left, right), 1) if i % 3 == 0 else ((top, bottom), 0)
+            at = along[0] + (along[1] - along[0]) * share
+            expected = np.broadcast_to((at > 0.5)[None] if axis else (at > 0.5)[:, None], (24, 24))
+            expected = expected & params.masked[v, i]
+            assert (grey.numpy() == expected).mean() > 0.95
+            seen[bool(expected.any())] += 1
+    assert min(seen.values()) > 5
+
+
+def test_masks_do_not_depend_on_the_division_of_the_work(masked_data):
+    one = all_of(masked_data, MASKED, engine="torchvision", workers=1)
+    many = all_of(masked_data, MASKED, engine="torchvision", workers=3)
+    for a, b in zip(one, many, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a["large"], b["large"], strict=True))
+    with beton.open(masked_data) as files:
+        part = all_of(Subset(files, np.arange(COUNT)[::-1]), MASKED, engine="torchvision")
+    assert torch.equal(part[0]["large"][0][0], one[-1]["large"][0][-1])
+
+
+def test_data_without_masks_is_refused_before_the_first_batch(data, masked_data):
+    words = (
+        r"view 'large': mask_p is 0.5, but .*images.beton has no masks; make masks with relssl saliency .* mask_p: 0"
+    )
+    for phases in ([(None, MASKED)], [(5, PLAN), (None, MASKED)]):
+        with pytest.raises(ConfigError, match=words):
+            ViewLoader(data, phases, global_batch=8)
+    with pytest.raises(ConfigError, match=words):
+        ViewLoader([masked_data, data], [(None, MASKED)], global_batch=8)
+    with beton.open(data) as files, pytest.raises(ConfigError, match=words):
+        ViewLoader(Subset(files, np.arange(8)), [(None, MASKED)], global_batch=8)
+
+
+def test_without_masked_views_no_mask_is_read(masked_data, monkeypatch):
+    monkeypatch.setattr(beton.Beton, "packed_mask", None)
+    all_of(masked_data, PLAN)
+    with pytest.raises(RunError, match="not callable"):
+        all_of(masked_data, MASKED)
+
+
+def damaged_masks(source, target, bad):
+    """A copy of a file whose masks of some samples have been overwritten."""
+    target.write_bytes(source.read_bytes())
+    beton.manifest_path(target).write_bytes(beton.manifest_path(source).read_bytes())
+    with beton.Beton(target) as read, target.open("r+b") as file:
+        for i in bad:
+            file.seek(read_tables(read.data, "").mask_offsets[i])
+            file.write(b"\x55" * 100)
+    return target
+
+
+@pytest.mark.parametrize("engine", ["resident", "torchvision"])
+def test_a_damaged_mask_takes_nothing_away_and_is_named(masked_data, tmp_path, caplog, engine):
+    bad = damaged_masks(masked_data, tmp_path / "bad.beton", [4])
+    always = [dataclasses.replace(MASKED[0], mask_p=1)]
+    with caplog.at_level("WARNING", "relssl"):
+        found = all_of(bad, always, engine=engine, max_unreadable=0.1)[0]["large"][0]
+        with ViewLoader(bad, [(None, always)], global_batch=8, engine=engine, max_unreadable=0.1) as loader:
+            for epoch in range(6):  # each leaves two images out
+                loader.set_position(epoch)
+                list(loader)
+    sound = all_of(masked_data, always, engine=engine)[0]["large"][0]
+    unmasked = all_of(masked_data, [dataclasses.replace(MASKED[0], mask_p=0)], engine=engine)[0]["large"][0]
+    for row in range(8):
+        assert torch.equal(found[row], unmasked[row] if row == 4 else sound[row])
+    warnings = [r.getMessage() for r in caplog.records if "not masked" in r.getMessage()]
+    assert len(warnings) == 2  # once a loader
+    assert "image 4 is not masked" in warnings[0]
+    assert "bad.beton: sample 4: its mask is not the one" in warnings[0]
+
+
+def test_too_many_damaged_masks_end_the_run(masked_data, tmp_path):
+    bad = damaged_masks(masked_data, tmp_path / "bad.beton", range(10))
+    with pytest.raises(RunError, match=r"3 of 26 masks could not be read, and at most 2 may be; run `relssl verify`"):
+        all_of(bad, [dataclasses.replace(MASKED[0], mask_p=1)], max_unreadable=0.05)
+
+
+@pytest.mark.parametrize("engine", ["resident", "torchvision"])
+def test_masks_come_to_an_accelerator(masked_data, engine, monkeypatch):
+    """The way that batches for another device take, with the device that there is."""
+    expected = all_of(masked_data, MASKED, engine=engine)
+    monkeypatch.setattr(loader_module, "colour", lambda *arguments, masks: colour_torch(*arguments, masks))
+    options = {"global_batch": 8, "drop_last": False, "shuffle": False, "engine": engine}
+    with ViewLoader(masked_data, [(None, MASKED)], **options) as loader:
+        loader.device = torch.device("meta")  # of which only the type is looked at
+        prepared = [loader._prepare(0, np.arange(COUNT), update, 0) for update in range(loader.updates_per_epoch)]
+        loader.device = torch.device("cpu")
+        found = [loader._finish(batch) for batch in prepared]
+    for a, b in zip(expected, found, strict=True):
+        for x, y in zip(a["large"], b.views["large"], strict=True):
+            assert (x - y).abs().max() < 1e-5

@@ -37,7 +37,7 @@ def test_a_spec_from_a_recipe():
         ({"flip": 1.5}, r"flip is a number in \[0, 1\], got 1.5"),
         ({"interpolation": "nearest"}, "bilinear, bicubic"),
         ({"antialias": 0}, "antialias is true or false, got 0"),
-        ({"mask_p": 0.1}, "saliency masks"),
+        ({"mask_p": 1.1}, r"mask_p is a number in \[0, 1\], got 1.1"),
         ({"box": {"random_resize": {}}}, "did you mean 'random_resized'"),
         ({"box": {"byol": {"scale": [0, 1]}}}, r"scale is \[low, high\]"),
         ({"box": {"byol": {"scale": [0.2, 1.2]}}}, "at most 1"),
