@@ -8,9 +8,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from pipelines.errors import ConfigError, InputError, RelsslError, RunError
 from pipelines.machine import default_workers
 from pipelines.memory import Recycler
 from pipelines.order import batch_sizes, local_positions, permutation
-from pipelines.pool import Pool
+from pipelines.pool import Job, Pool, Threads
 from pipelines.subset import Subset
 from pipelines.views import ViewSpec
 
@@ -137,7 +137,7 @@ class ViewLoader:
                 self.files.close()
             raise
         self._memory = Recycler()
-        self._feeder = ThreadPoolExecutor(_FEEDERS, thread_name_prefix="relssl-feed") if self.engine.ASYNC else None
+        self._feeder = Threads(_FEEDERS, "relssl-feed") if self.engine.ASYNC else None
 
     @property
     def updates_per_epoch(self) -> int:
@@ -178,11 +178,11 @@ class ViewLoader:
                 self._check_usable()
                 yield self._finish(self._prepare(epoch, order, update, micro))
             return
-        waiting: deque[Future] = deque()
+        waiting: deque[Job] = deque()
         try:
             for update, micro in jobs:
                 self._check_usable()
-                waiting.append(self._feeder.submit(self._prepare, epoch, order, update, micro))
+                waiting.append(self._feeder.submit(partial(self._prepare, epoch, order, update, micro)))
                 if len(waiting) > _AHEAD:
                     yield self._finish(self._result(waiting.popleft()))
             while waiting:
@@ -191,12 +191,12 @@ class ViewLoader:
             for job in waiting:  # an abandoned epoch leaves no work behind
                 job.cancel()
 
-    def _result(self, job: Future) -> _Prepared:
+    def _result(self, job: Job) -> _Prepared:
         self._check_usable()
-        try:
-            return job.result()
-        except CancelledError:  # by `close`, in another thread
-            raise _closed() from None
+        job.wait()
+        if self._closed:  # in another thread
+            raise _closed()
+        return job.result()
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -214,7 +214,7 @@ class ViewLoader:
             return
         self.pool.close()  # first: a batch in the making ends with the images that are in work
         if self._feeder is not None:
-            self._feeder.shutdown(wait=True, cancel_futures=True)
+            self._feeder.close()
         self.engine.close()
         self._memory.clear()
         if self._owns_files:

@@ -1,12 +1,118 @@
-"""A pool of threads for work on the rows of a batch: decoding, crops and colour all release the GIL."""
+"""Threads for work that releases the GIL: decoding, crops and colour.
+
+An interrupt (Ctrl-C) may come between any two steps of the thread that waits. Python's futures and conditions are then
+left locked now and then, and the thread that makes the result waits for that lock for ever. So what passes between
+threads here goes through `SimpleQueue`, whose operations cannot be cut in two, and through flags that are set once.
+"""
 
 from __future__ import annotations
 
 import itertools
+import threading
+import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from queue import Empty, SimpleQueue
+from typing import Any
 
 from pipelines.errors import RunError
+
+_LOOK_AGAIN = 0.5  # seconds: whoever waits looks whether its job was done, or dropped, without a word
+
+
+class Job:
+    """A call that a thread will make. `done` is set last; `wait` may be interrupted and called again."""
+
+    def __init__(self, function: Callable[[], Any], threads: Threads):
+        self.function: Callable[[], Any] | None = function
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.done = False
+        self._word: SimpleQueue[None] = SimpleQueue()
+        self._threads = threads
+
+    def run(self) -> None:
+        """In a thread: make the call, and say so."""
+        function, self.function = self.function, None
+        try:
+            if function is not None and not self._threads.closed:
+                self.value = function()
+            else:
+                self.error = _closed()
+        except BaseException as error:  # noqa: BLE001  whoever waits raises it
+            self.error = error
+        self.done = True
+        self._word.put(None)
+
+    def cancel(self) -> None:
+        """Do not make the call, if it has not begun."""
+        self.function = None
+
+    def wait(self) -> None:
+        """Until the call is made, or never will be."""
+        while not self.done:
+            try:
+                self._word.get(timeout=_LOOK_AGAIN)
+            except Empty:
+                if self._threads.ended and not self.done:  # handed in when the threads had gone
+                    self.error, self.done = _closed(), True
+
+    def result(self) -> Any:
+        """What the call returned; raises what it raised, or RunError if the threads were closed before."""
+        self.wait()
+        error, self.error = self.error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame, which must not hold it
+        return self.value
+
+
+class Threads:
+    """`size` threads that make calls in the order in which they are handed in."""
+
+    def __init__(self, size: int, name: str):
+        self.closed = self.ended = False
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        # However this object ends, its threads do: also when it is dropped half made by an interrupt.
+        self._end = weakref.finalize(self, _end_threads, self._jobs, size)
+        self._threads = [
+            threading.Thread(target=_work, args=(self._jobs,), name=f"{name}_{i}", daemon=True) for i in range(size)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, function: Callable[[], Any]) -> Job:
+        """Hand in a call.
+
+        Raises:
+            RunError: the threads are closed.
+        """
+        if self.closed:
+            raise _closed()
+        job = Job(function, self)
+        self._jobs.put(job)
+        return job
+
+    def close(self) -> None:
+        """End the threads after the calls in progress; other calls are answered with RunError."""
+        self.closed = True
+        self._end()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        self.ended = True
+
+
+def _work(jobs: SimpleQueue[Job | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job.run()
+        del job  # or this thread would hold a batch until the next one
+
+
+def _end_threads(jobs: SimpleQueue[Job | None], size: int) -> None:
+    for _ in range(size):
+        jobs.put(None)
 
 
 class Pool:
@@ -14,8 +120,11 @@ class Pool:
 
     def __init__(self, size: int):
         self.size = max(size, 1)
-        self._closed = False
-        self._threads = ThreadPoolExecutor(self.size, thread_name_prefix="relssl-work")
+        self._threads = Threads(self.size, "relssl-work")
+
+    @property
+    def _closed(self) -> bool:
+        return self._threads.closed
 
     def run(self, function: Callable[[int, int], object], count: int, chunk: int = 1) -> None:
         """Call `function(start, stop)` for chunks of 0 ... count-1 and wait until none of them runs any more.
@@ -42,32 +151,24 @@ class Pool:
                 failed = True
                 raise
 
-        jobs: list[Future] = []
+        jobs: list[Job] = []
         try:
-            jobs.extend(self._submit(work) for _ in range(min(self.size, -(-count // chunk))))
-            wait(jobs)
+            jobs.extend(self._threads.submit(work) for _ in range(min(self.size, -(-count // chunk))))
+            for job in jobs:
+                job.wait()
             while jobs:  # emptied: a failed job and its traceback through here would hold each other, and a batch
                 jobs.pop(0).result()
         except BaseException:  # also an interrupt of the thread that waits
             failed = True
-            wait(jobs)
+            for job in jobs:
+                job.wait()
             raise
         if unfinished:
             raise _closed()
 
     def close(self) -> None:
         """End the threads after the chunks in progress; `run` does not wait for the others."""
-        self._closed = True
-        # Jobs are not cancelled: `wait` would not learn of it. They end by themselves.
-        self._threads.shutdown(wait=True)
-
-    def _submit(self, work: Callable[[], None]) -> Future:
-        try:
-            return self._threads.submit(work)
-        except RuntimeError:
-            if self._closed:
-                raise _closed() from None
-            raise
+        self._threads.close()
 
 
 def _closed() -> RunError:

@@ -112,15 +112,15 @@ def test_the_first_error_stops_the_rest_and_waits_for_what_runs(pool):
 def test_an_interrupt_while_waiting_waits_for_what_runs_too(pool, monkeypatch):
     started, release = threading.Event(), threading.Event()
     ended, calls, waits = [], [], []
-    wait = pool_module.wait
+    wait = pool_module.Job.wait
 
-    def interrupted(jobs):
-        waits.append(jobs)
+    def interrupted(job):
+        waits.append(job)
         if len(waits) == 1:
             started.wait(PATIENCE)
             raise KeyboardInterrupt
         release.set()
-        wait(jobs)
+        wait(job)
 
     def work(start, stop):
         calls.append(start)
@@ -128,7 +128,7 @@ def test_an_interrupt_while_waiting_waits_for_what_runs_too(pool, monkeypatch):
         release.wait(PATIENCE)
         ended.append(start)
 
-    monkeypatch.setattr(pool_module, "wait", interrupted)
+    monkeypatch.setattr(pool_module.Job, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pool.run(work, 100)
     assert sorted(ended) == sorted(calls)
@@ -218,5 +218,57 @@ def test_closing_ends_runs_after_the_chunks_in_progress(runs):
 def test_a_run_that_closing_finds_at_its_last_chunk_is_complete():
     """All of its rows are there, so there is nothing to complain about."""
     pool = Pool(1)
-    pool.run(lambda start, stop: setattr(pool, "_closed", True), 1)
+    pool.run(lambda start, stop: setattr(pool._threads, "closed", True), 1)
     pool.close()
+
+
+# -- jobs
+
+
+def test_a_wait_that_was_interrupted_may_be_taken_up_again(pool):
+    """Also one that had taken the word that the job is done, but was interrupted before it could tell."""
+    job = pool._threads.submit(lambda: 7)
+    job._word.get(timeout=PATIENCE)  # as an interrupted wait would
+    job.wait()
+    assert job.result() == 7
+
+
+def test_a_job_that_comes_when_the_threads_have_gone_does_not_hang():
+    threads = pool_module.Threads(1, "test")
+    threads.close()
+    with pytest.raises(RunError, match="closed"):
+        threads.submit(lambda: 7)
+    late = pool_module.Job(lambda: 7, threads)  # handed in between the question and the end
+    threads._jobs.put(late)
+    with pytest.raises(RunError, match="closed"):
+        late.result()
+
+
+def test_jobs_in_line_are_dropped_when_the_threads_close():
+    threads, started, release = pool_module.Threads(1, "test"), threading.Event(), threading.Event()
+
+    def first():
+        started.set()
+        release.wait(PATIENCE)
+        return 1
+
+    jobs = [threads.submit(first), threads.submit(lambda: 2)]
+    started.wait(PATIENCE)
+    closer = threading.Thread(target=threads.close)
+    closer.start()
+    while not threads.closed:
+        pass
+    release.set()
+    closer.join(PATIENCE)
+    assert jobs[0].result() == 1
+    with pytest.raises(RunError, match="closed"):
+        jobs[1].result()
+
+
+def test_threads_end_with_the_object_that_made_them():
+    threads = pool_module.Threads(2, "test")
+    members = list(threads._threads)
+    del threads
+    for thread in members:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
