@@ -77,7 +77,7 @@ def test_recipes_carry_the_papers_numbers():
         assert jitter[:2] == ("jitter", 0.8)
         assert jitter[2] == {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
         assert grey[:2] == ("grey", 0.2)
-        assert blur == ("blur", 0.5, {"sigma": (0.1, 2.0)})
+        assert blur == ("blur", 0.5, {"sigma": (0.1, 2.0), "kernel": "torchvision"})
         assert spec.flip == 0.5
     assert not plan[0].ops
     assert (imagenet.optim.lr, imagenet.optim.weight_decay, imagenet.optim.exclude) == (0.05, 1e-4, "by_name")
