@@ -1,10 +1,10 @@
 """What of a photograph is its subject: saliency from robust background detection, without any training.
 
-The method is that of Zhu, Liang, Wei and Sun, "Saliency Optimization from Robust Background Detection" (CVPR 2014),
-written from the paper. The image is cut into superpixels. A region is background when much of it lies at the image's
-border for its size (boundary connectivity, section 3.1); it is salient when its colour is far from that of background
-nearby (section 4.1); both are reconciled with smoothness between alike neighbours by a least-squares problem with one
-unknown per superpixel (section 4.2).
+The method follows Zhu, Liang, Wei and Sun, "Saliency Optimization from Robust Background Detection" (CVPR 2014), as far
+as it is known here: the paper itself could not be read. The image is cut into superpixels. A region is background when
+much of it lies at the image's border for its size (boundary connectivity); it is salient when its colour is far from
+that of background nearby; both are reconciled with smoothness between alike neighbours by a least-squares problem with
+one unknown per superpixel.
 
 Ours are the weight of the image's middle, most constants, and all that makes a mask of the saliency. The loops are
 compiled and release the GIL.
@@ -27,7 +27,7 @@ LEAST, MOST = 0.03, 0.90  # a foreground of a smaller or larger share of the ima
 
 _COMPACTNESS = 16.0  # of superpixels: a distance of one superpixel weighs like this distance in CIELAB
 _ROUNDS = 6  # of k-means
-_GEODESIC_SIGMA = 8.0  # the paper: 10, with results alike in 5 ... 15
+_GEODESIC_SIGMA = 8.0
 _BOUNDARY_SIGMA = 1.0
 _SPATIAL_SIGMA = 0.4  # of the image's longer side
 _LEAST_CONTRAST, _LEAST_RANGE = 1.0, 0.01  # rounding errors of an image of one colour are not stretched to a subject
