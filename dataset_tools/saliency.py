@@ -297,7 +297,7 @@ def _solve(matrix, right):  # type: ignore[no-untyped-def]
 @_compiled
 def _background(way, border):  # type: ignore[no-untyped-def]
     """(N,) in [0, 1] by boundary connectivity: how much of the outline of a region, softly the one that the superpixel
-    belongs to, is the image's border (section 3 of the paper)."""
+    belongs to, is the image's border."""
     n = len(border)
     out = np.empty(n)
     for i in range(n):
@@ -313,7 +313,7 @@ def _background(way, border):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _contrast(centre, colour, background, height, width):  # type: ignore[no-untyped-def]
-    """(N,) in [0, 1]: how far the colour is from that of background nearby (section 4.1), more so in the middle."""
+    """(N,) in [0, 1]: how far the colour is from that of background nearby, more so in the middle."""
     n, longer = len(background), max(height, width)
     out = np.zeros(n)
     for i in range(n):
@@ -328,7 +328,7 @@ def _contrast(centre, colour, background, height, width):  # type: ignore[no-unt
 @_compiled
 def _system(colour, touch, border, background, contrast):  # type: ignore[no-untyped-def]
     """(N, N) of the least-squares problem: background is 0, contrast is 1, neighbours and their neighbours, and regions
-    at the border, are alike as their colours are (section 4.2)."""
+    at the border, are alike as their colours are."""
     n = len(background)
     matrix = np.zeros((n, n))
     for i in range(n):
