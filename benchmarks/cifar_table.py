@@ -227,7 +227,8 @@ def hardware() -> str:
 
     found = environment()
     devices = ", ".join(found["devices"]) or "no GPU"
-    return f"{found['cores']} cores of {found['processor']}, {devices}, torch {torch.__version__}"
+    threads = f"{found['threads']} torch thread{'s' if found['threads'] > 1 else ''}"
+    return f"{found['cores']} cores of {found['processor']}, {threads}, {devices}, torch {torch.__version__}"
 
 
 def source_of(file: Path) -> str:
