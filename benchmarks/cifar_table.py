@@ -74,7 +74,7 @@ def make_table(options: argparse.Namespace) -> int:
         "hardware": hardware(),
         "data": source_of(data[0]),
         "date": max(cell["date"] for cell in cells)[:10],
-        "cells": cells,
+        "cells": [without_places(cell) for cell in cells],
     }
     print(text(result))
     whole = options.methods is None and not options.overrides
@@ -125,6 +125,14 @@ def fill_cell(name: str, seed: int, data: Sequence[Path], out: Path, overrides: 
     file.parent.mkdir(exist_ok=True)
     write_atomically(file, json.dumps(cell, indent=1))
     return cell
+
+
+def without_places(cell: dict[str, Any]) -> dict[str, Any]:
+    """A cell to publish: of the data files their names, not where they lay on the machine that filled it."""
+    data = {
+        key: Path(value).name if isinstance(value, str) else value for key, value in cell["settings"]["data"].items()
+    }
+    return {**cell, "settings": {**cell["settings"], "data": data}}
 
 
 def views_seen(recipe: Recipe, method: str) -> int:

@@ -7,10 +7,12 @@ threads here goes through `SimpleQueue`, whose operations cannot be cut in two, 
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -74,8 +76,12 @@ class Threads:
     def __init__(self, size: int, name: str):
         self.closed = self.ended = False
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        at_exit = partial(_close_if_there, weakref.ref(self))
         # However this object ends, its threads do: also when it is dropped half made by an interrupt.
-        self._end = weakref.finalize(self, _end_threads, self._jobs, size)
+        self._end = weakref.finalize(self, _end_threads, self._jobs, size, at_exit)
+        # A thread that is inside a library while the interpreter is taken down can abort the process. Handed in now,
+        # this is called before what the library, imported earlier, does at the exit.
+        atexit.register(at_exit)
         self._threads = [
             threading.Thread(target=_work, args=(self._jobs,), name=f"{name}_{i}", daemon=True) for i in range(size)
         ]
@@ -110,9 +116,15 @@ def _work(jobs: SimpleQueue[Job | None]) -> None:
         del job  # or this thread would hold a batch until the next one
 
 
-def _end_threads(jobs: SimpleQueue[Job | None], size: int) -> None:
+def _end_threads(jobs: SimpleQueue[Job | None], size: int, at_exit: Callable[[], None]) -> None:
+    atexit.unregister(at_exit)
     for _ in range(size):
         jobs.put(None)
+
+
+def _close_if_there(reference: weakref.ref[Threads]) -> None:
+    if (threads := reference()) is not None:
+        threads.close()
 
 
 class Pool:

@@ -47,6 +47,7 @@ def test_cells_are_filled_and_kept(out: Path, monkeypatch: pytest.MonkeyPatch, c
     assert rotation["train_seconds"] > 0
     assert (random["epochs"], random["views_seen"], random["trains"]) == (0, 0, False)
     assert rotation["linear"]["seeds"] == [0, 1, 2]
+    assert rotation["settings"]["data"]["train"] == "cifar10-train.beton"  # its name, not where it lies
     assert "rotation" in capsys.readouterr().out
     assert "not a ranking" in (out / "table.md").read_text()
 
