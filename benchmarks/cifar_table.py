@@ -22,7 +22,7 @@ import relssl  # isort: skip  # before torch is: it says how threads wait for ea
 from dataset_tools.convert import convert_source
 from pipelines import beton
 from pipelines.errors import ConfigError, RelsslError
-from relssl.cli import set_up_log
+from relssl.cli.base import set_up_log
 from relssl.config import Recipe, load_recipe
 from relssl.evaluate import evaluate_knn, evaluate_linear, open_weights
 from relssl.methods import load_method, method_names

@@ -19,8 +19,8 @@ from torch import Tensor
 from pipelines import beton
 from pipelines.errors import ConfigError, InputError, RunError
 from pipelines.loader import ViewLoader
-from relssl import cli
 from relssl.build import build_method, make_optimizer, make_schedule
+from relssl.cli.base import load
 from relssl.config import Recipe
 from relssl.evaluate import initial_backbone, open_weights
 from relssl.losses import component_contrastive, connected_components, nearest_neighbours, nt_xent
@@ -69,7 +69,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(name: str, data: Path, *overrides: str) -> Recipe:
-    return cli.load(
+    return load(
         recipe_name(name),
         [
             f"data.train={data / 'train.beton'}", f"data.test={data / 'test.beton'}", "data.engine=resident",
@@ -85,7 +85,7 @@ def recipe_name(name: str) -> str:
 
 
 def method_class(name: str) -> type[Method]:
-    return load_method(str(cli.load(recipe_name(name), []).method["name"]))
+    return load_method(str(load(recipe_name(name), []).method["name"]))
 
 
 class Rig:
