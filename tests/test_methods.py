@@ -6,6 +6,7 @@ A method in a file of one's own is tested by `pytest tests/test_methods.py --rec
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import yaml
 from torch import Tensor
 
 from pipelines import beton
+from pipelines.batch import ViewBatch
 from pipelines.errors import ConfigError, InputError, RunError
 from pipelines.loader import ViewLoader
 from relssl.build import build_method, make_optimizer, make_schedule
@@ -144,6 +146,21 @@ def test_an_update_moves_what_trains_and_nothing_else(name: str, data: Path) -> 
         if not parameter.requires_grad:
             assert key.startswith(("teacher.", "target.")), key
     assert any(not torch.equal(before[k], p) for k, p in rig.method.encoder.named_parameters(prefix="encoder"))
+
+
+def test_an_update_does_not_wait_for_the_device(name: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On `meta` nothing has a value: whatever would bring one to the host, or needs one for a shape, raises."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know `meta`
+    rig = Rig(recipe_of(name, data))
+    batch = next(rig.begin_epoch())
+    rig.method.to("meta")
+    there = ViewBatch(
+        {view: tuple(x.to("meta") for x in tensors) for view, tensors in batch.views.items()},
+        *(x.to("meta") for x in (batch.index, batch.label, batch.position)),
+    )
+    metrics = rig.update(iter([there]))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        metrics["loss"].item()
 
 
 def test_the_encoder_is_built_first(any_name: str, data: Path) -> None:

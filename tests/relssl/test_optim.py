@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipelines.errors import ConfigError
-from relssl.nets import build_backbone
+from relssl.nets import build_backbone, ema_update
 from relssl.optim import (
     Lars,
     build_optimizer,
@@ -253,6 +253,73 @@ def test_golden_resa_schedules():
         np.testing.assert_allclose(lr, case["lr"], rtol=1e-12, atol=1e-15)
         momentum = [cosine_ema(step, base=float(case["base_momentum"]), total_steps=total) for step in range(total)]
         np.testing.assert_allclose(momentum, case["momentum"], rtol=1e-12)
+
+
+PLACES = {
+    "conv.weight": "res_net/~/conv/w",
+    "norm.weight": "res_net/~/initial_batchnorm/scale",
+    "norm.bias": "res_net/~/initial_batchnorm/offset",
+    "linear.weight": "projector/linear/w",
+    "linear.bias": "projector/linear/b",
+    "zero.weight": "projector/linear_zero/w",
+}
+
+
+class Tree(nn.Module):
+    """The modules of the golden file's trees, with PyTorch's names and shapes."""
+
+    def __init__(self, arrays, tree):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.linear, self.zero = nn.Linear(8, 6), nn.Linear(6, 4, bias=False)
+        with torch.no_grad():
+            for p, value in zip(self.parameters(), self.stored(arrays, tree), strict=True):
+                p.copy_(value)
+
+    def stored(self, arrays, tree):
+        """What the file holds for each parameter: HWIO becomes OIHW, (in, out) becomes (out, in)."""
+        for name, p in self.named_parameters():
+            value = golden.tensor(arrays[f"{tree}/{PLACES[name]}"])
+            value = value.permute(3, 2, 0, 1) if p.ndim == 4 else value.T if p.ndim == 2 else value
+            yield value.reshape(p.shape)
+
+
+@pytest.mark.evidence(
+    "relicv2", "part", "LARS, learning rate, and the target after every step, on given gradients",
+    golden="relicv2_optim", dtype="float32", tolerance="1e-6 of the largest entry",
+)  # fmt: skip
+def test_golden_relicv2_optimizer_and_target():
+    arrays = golden.load("relicv2_optim")
+    about = {key: value.item() for key, value in arrays.items() if value.ndim == 0}
+    steps = {"warmup_steps": int(about["warmup_steps"]), "total_steps": int(about["total_steps"])}
+    online, target = Tree(arrays, "params0"), Tree(arrays, "target0")
+    optimizer = build_optimizer(
+        "lars",
+        parameter_groups(online, about["weight_decay"], exclude="1d"),
+        lr=0.0,
+        momentum=about["momentum"],
+        trust_coefficient=about["eta"],
+    )
+    base = scale_lr(about["base_learning_rate"], int(about["batch_size"]), "linear")
+    rates = [warmup_cosine(step, base=base, final=0.0, **steps) for step in range(len(arrays["lr"]))]
+    np.testing.assert_allclose(rates, arrays["lr"], rtol=1e-6, atol=1e-9)
+    momenta = [
+        cosine_ema(step, base=about["base_ema"], total_steps=steps["total_steps"]) for step in range(len(arrays["ema"]))
+    ]
+    np.testing.assert_allclose(momenta, arrays["ema"], rtol=1e-6)
+    count = len({key.split("/")[0] for key in arrays if key.startswith("grads")})
+    assert count > 1
+    for step in range(count):
+        for group in optimizer.param_groups:
+            group["lr"] = rates[step]
+        for p, gradient in zip(online.parameters(), online.stored(arrays, f"grads{step}"), strict=True):
+            p.grad = gradient.clone()
+        optimizer.step()
+        ema_update(target, online, momenta[step])
+        for tree, net in ((f"params{step + 1}", online), (f"target{step + 1}", target)):
+            for (name, p), expected in zip(net.named_parameters(), net.stored(arrays, tree), strict=True):
+                limit = 1e-6 * max(float(expected.abs().max()), 0.1)  # 1 - momentum is a small float32 in the original
+                assert (p.detach() - expected).abs().max() <= limit, f"{tree}/{name}"
 
 
 def test_schedules_at_their_corners():

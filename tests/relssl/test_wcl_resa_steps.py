@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -185,6 +186,14 @@ def test_wcls_parameter_groups_are_the_originals(case: str) -> None:
         for name in data[f"group{g}_names"]
     }
     assert ours == theirs
+
+
+def test_wcl_needs_no_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original finds its graph's components with SciPy, on the host."""
+    for name in {"scipy", "scipy.sparse", "scipy.sparse.csgraph", *(m for m in sys.modules if m.startswith("scipy."))}:
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it raises
+    run, data, first = start_wcl(cases(WCL)[0], torch.float64)
+    assert run.update(wcl_views(data, 0, torch.float64), first)["components"] == data["n_components"][0, 0]
 
 
 # -- ReSA --------------------------------------------------------------------------------------------------------------
