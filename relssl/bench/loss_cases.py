@@ -26,6 +26,7 @@ from relssl.losses import (
     nt_xent,
     relation_pairs_loss,
     relational_cross_entropy,
+    relicv2_loss,
     sinkhorn_assign,
 )
 from relssl.nets import RelationHead
@@ -232,6 +233,37 @@ def _resa_passes(sizes: Sizes) -> list[Pass]:
     return [Pass(sizes["images"], 224, trains=trains) for trains in (True, True, False, False)]
 
 
+# ---- ReLICv2: every crop against every large crop's target, with ten negatives of the global batch
+
+
+def _relicv2(sizes: Sizes, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Problem:
+    images, dim, large = sizes["images"], sizes["features"], sizes["large"]
+
+    def crops(count: int) -> Tensor:
+        return torch.randn(count, images, dim, generator=generator).to(device, dtype)
+
+    online, target = crops(large + sizes["small"]).requires_grad_(), crops(large)
+    negatives = torch.rand(images, images - 1, generator=generator).topk(sizes["negatives"], dim=1).indices
+    negatives += negatives >= torch.arange(images)[:, None]
+    given = (online, target, negatives.to(device))
+    ours = partial(relicv2_loss, *given, temperature=0.3, alpha=0.3, beta=5.0)
+    textbook = partial(naive.relicv2_loss, *given, temperature=0.3, alpha=0.3, beta=5.0)
+    return Problem(
+        leaves={"online": online},
+        forms={
+            OURS: ours,
+            NAIVE: textbook,
+            "naive gathered": partial(textbook, gathers=True),
+        },
+    )
+
+
+def _relicv2_passes(sizes: Sizes) -> list[Pass]:
+    images = sizes["images"]
+    online = [Pass(images, 224)] * sizes["large"] + [Pass(images, 96)] * sizes["small"]
+    return [*online, *[Pass(images, 224, trains=False)] * sizes["large"]]
+
+
 def _rows(count: int, dim: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
     """Rows of unit length."""
     return F.normalize(torch.randn(count, dim, generator=generator), dim=1).to(device, dtype)
@@ -299,6 +331,14 @@ CASES = {
             {"images": 1024, "features": 512},
             _resa,
             (Backbone("resnet50", _resa_passes),),
+        ),
+        LossCase(
+            "relicv2",
+            "ReLICv2's objective, four large and two small crops",
+            {"images": 1024, "features": 256, "large": 4, "small": 2, "negatives": 10},
+            _relicv2,
+            (Backbone("relicv2_resnet50", _relicv2_passes),),
+            least={"images": 2},
         ),
     )
 }

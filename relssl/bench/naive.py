@@ -89,6 +89,45 @@ def assignment_cross_entropy(online: Tensor, target: Tensor, assign: Tensor, *, 
     return -(assign * torch.log_softmax(online @ target.T / temperature, dim=1)).sum(1).mean()
 
 
+def relicv2_loss(
+    online: Tensor,
+    target: Tensor,
+    negatives: Tensor,
+    *,
+    temperature: float,
+    alpha: float,
+    beta: float,
+    gathers: bool = False,
+) -> Tensor:
+    """ReLICv2: the listing's two loops over crops.
+
+    Each pair makes the products with all images and picks from them or, with `gathers`, gathers the candidates' rows.
+
+    Args:
+        online: (V, B, D) raw embeddings, large crops first.
+        target: (L, B, D) raw embeddings, constants.
+        negatives: (B, n) int64.
+    """
+    candidates = torch.cat([torch.arange(len(negatives), device=negatives.device)[:, None], negatives], dim=1)
+
+    def log_softmax(anchors: Tensor, others: Tensor) -> Tensor:
+        if gathers:
+            products = (anchors[:, None] * others[candidates]).sum(2)
+        else:
+            products = (anchors @ others.T).gather(1, candidates)
+        return torch.log_softmax(products / temperature, dim=1)
+
+    online, target = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=2) for x in (online, target))
+    total = online.new_zeros(())
+    for o in online:
+        for t in target:
+            log_p = log_softmax(o, t)
+            p = log_p.exp()
+            divergence = (p * log_p).sum(1).detach() - (p * log_softmax(t, o)).sum(1)
+            total = total + (beta * divergence - alpha * log_p[:, 0]).mean()
+    return total / (len(online) * len(target))
+
+
 def looped_pairs_loss(features: Tensor, head: RelationHead, views: int) -> Tensor:
     """Relational reasoning as its paper lists the pairs: view pair by view pair, negatives by a roll.
 

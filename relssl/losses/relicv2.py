@@ -13,18 +13,25 @@ c(b) = image b, then its n negatives; o, t the normalised online and target embe
     loss = sum over i, j of ( alpha contrastive_ij + beta invariance_ij ) / (V L)
 
 With `stop_gradient` the entropy of p in the KL is a constant; in form swap a crop with itself (i = j) then adds nothing
-to the value, but the gradient of its cross-entropy, which sharpens p. A few negatives make plain matrices of
-B x (n + 1); for many of them the products with all images are made, and picked from.
+to the value, but the gradient of its cross-entropy, which sharpens p.
+
+The candidates of one image are (n + 1) x D numbers, of every crop: kept for a backward pass, those of a large batch
+outweigh all else. So images are taken some at a time, all pairs of crops together, and the gradient with them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from relssl.ops.known_gradient import attach_gradient
+
+# Elements of the largest tensor of a block of images: a few MB on a CPU, launches worth their while on a GPU.
+_CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 25
 # From this share of all images on, products with all of them cost less than gathered rows.
 _DENSE_SHARE = 0.25
 
@@ -65,37 +72,67 @@ def relicv2_loss(
         o_VBD = F.normalize(online.to(wide), dim=2)
         t_LBD = F.normalize(target.detach().to(wide), dim=2)
         candidates = torch.cat([torch.arange(len(negatives), device=negatives.device)[:, None], negatives], dim=1)
-        log_p = [[_log_softmax(o, t, candidates, temperature) for t in t_LBD] for o in o_VBD]
-        pairs, num_large = len(o_VBD) * len(t_LBD), len(t_LBD)
-        contrastive = -torch.stack([entry[:, 0].mean() for row in log_p for entry in row]).sum()
-        invariance = contrastive.new_zeros(())
-        if beta:
-            for i, row in enumerate(log_p):
-                for j, log_p_ij in enumerate(row):
-                    if form == "transpose":
-                        swapped = _log_softmax(t_LBD[j], o_VBD[i], candidates, temperature)
-                    elif i < num_large:
-                        swapped = log_p[j][i]
-                    else:
-                        continue
-                    invariance = invariance + _divergence(log_p_ij, swapped, stop_gradient)
-        return (alpha * contrastive + beta * invariance) / pairs
+        objective = _Objective(temperature, alpha, beta, form, stop_gradient)
+        loss, grad = _in_blocks(o_VBD, t_LBD, candidates, objective)
+        return loss if grad is None else attach_gradient(loss, [o_VBD], [grad])
 
 
-def _log_softmax(anchors_BD: Tensor, others_BD: Tensor, candidates: Tensor, temperature: float) -> Tensor:
-    """(B, n + 1) logarithms of each anchor's softmax over its candidates among the others."""
-    if candidates.shape[1] >= _DENSE_SHARE * len(others_BD):
-        products = (anchors_BD @ others_BD.T).gather(1, candidates)
-    else:
-        products = torch.einsum("bd,bkd->bk", anchors_BD, others_BD[candidates])
-    return (products / temperature).log_softmax(1)
+def _in_blocks(
+    o_VBD: Tensor, t_LBD: Tensor, candidates_BC: Tensor, objective: _Objective
+) -> tuple[Tensor, Tensor | None]:
+    """Value and, where it is wanted, the gradient with respect to `o_VBD`."""
+    wants_gradient = torch.is_grad_enabled() and o_VBD.requires_grad
+    o_BVD = o_VBD.detach().transpose(0, 1).contiguous().requires_grad_(wants_gradient)
+    t_BLD = t_LBD.transpose(0, 1).contiguous()
+    loss, grad_BVD = o_BVD.new_zeros(()), torch.zeros_like(o_BVD)
+    for rows in torch.arange(len(candidates_BC)).split(_images_per_block(o_BVD, candidates_BC)):
+        block = slice(int(rows[0]), int(rows[-1]) + 1)
+        with torch.set_grad_enabled(wants_gradient):
+            part = objective.sum_of(o_BVD, t_BLD, block, candidates_BC[block])
+        loss += part.detach()
+        if wants_gradient:
+            grad_BVD += torch.autograd.grad(part, o_BVD)[0]
+    terms = o_BVD.shape[0] * o_BVD.shape[1] * t_BLD.shape[1]
+    return loss / terms, (grad_BVD / terms).transpose(0, 1) if wants_gradient else None
 
 
-def _divergence(log_p: Tensor, log_q: Tensor, stop_gradient: bool) -> Tensor:
-    """Mean over rows of KL(p || q)."""
-    p = log_p.exp()
-    entropy = (p * log_p).sum(1).mean()
-    return (entropy.detach() if stop_gradient else entropy) - (p * log_q).sum(1).mean()
+def _images_per_block(o_BVD: Tensor, candidates_BC: Tensor) -> int:
+    elements = _CPU_BLOCK if o_BVD.device.type == "cpu" else _GPU_BLOCK
+    return max(1, elements // (candidates_BC.shape[1] * o_BVD[0].numel()))
+
+
+@dataclass(frozen=True)
+class _Objective:
+    temperature: float
+    alpha: float
+    beta: float
+    form: str
+    stop_gradient: bool
+
+    def sum_of(self, o_BVD: Tensor, t_BLD: Tensor, block: slice, candidates_bC: Tensor) -> Tensor:
+        """The objective summed over a block of images and all pairs of crops."""
+        log_p_bVLC = self._log_softmax(o_BVD[block], t_BLD, candidates_bC)
+        total = -self.alpha * log_p_bVLC[..., 0].sum()
+        if not self.beta:
+            return total
+        if self.form == "transpose":
+            log_q_bVLC = self._log_softmax(t_BLD[block], o_BVD, candidates_bC).transpose(1, 2)
+        else:
+            log_p_bVLC = log_p_bVLC[:, : t_BLD.shape[1]]  # large crops only
+            log_q_bVLC = log_p_bVLC.transpose(1, 2)
+        p = log_p_bVLC.exp()
+        entropy = (p * log_p_bVLC).sum()
+        divergence = (entropy.detach() if self.stop_gradient else entropy) - (p * log_q_bVLC).sum()
+        return total + self.beta * divergence
+
+    def _log_softmax(self, anchors_bID: Tensor, others_BJD: Tensor, candidates_bC: Tensor) -> Tensor:
+        """(b, I, J, C) logarithms of every anchor's softmax over its candidates among the others of every crop."""
+        if candidates_bC.shape[1] >= _DENSE_SHARE * len(others_BJD):
+            places = candidates_bC[:, None, None].expand(-1, anchors_bID.shape[1], others_BJD.shape[1], -1)
+            products = torch.einsum("bid,njd->bijn", anchors_bID, others_BJD).gather(3, places)
+        else:
+            products = torch.einsum("bid,bcjd->bijc", anchors_bID, others_BJD[candidates_bC])
+        return (products / self.temperature).log_softmax(3)
 
 
 def _check(online: Tensor, target: Tensor, negatives: Tensor, temperature: float, form: str) -> None:

@@ -25,7 +25,8 @@ from relssl.nets import RelationHead, build_backbone
 from tests.relssl.counting import Allocations
 
 CPU = torch.device("cpu")
-SMALL = {"images": 5, "views": 7, "features": 6, "hidden": 8, "crops": 3, "queue": 40}
+SMALL = {"images": 5, "views": 7, "features": 6, "hidden": 8, "crops": 3, "queue": 40, "large": 2, "small": 1}
+SMALL["negatives"] = 3
 
 
 def small_sizes(case: LossCase) -> dict[str, int]:

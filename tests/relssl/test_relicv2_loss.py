@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from relssl.losses import relicv2_loss
 from tests.relssl import golden
+from tests.relssl.counting import Allocations
 
 SIZES = [(2, 1, 5, 3, 2), (1, 0, 2, 3, 1), (3, 2, 9, 4, 8), (2, 2, 12, 4, 1)]
 ARRAYS = golden.load("relicv2_loss")
@@ -66,6 +67,26 @@ def test_loss_and_gradient_equal_the_sums(large, small, b, d, n, form, stop_grad
     options = {"temperature": 0.3, "alpha": 0.3, "beta": 5.0, "form": form, "stop_gradient": stop_gradient}
     got, wanted = value_and_grad(relicv2_loss, *given, **options), value_and_grad(sums, *given, **options)
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("elements", [1, 120])
+@pytest.mark.parametrize("form", ["transpose", "swap"])
+def test_blocks_of_images_add_up(form, elements, monkeypatch):
+    """Images one by one, and in blocks that do not divide the batch."""
+    given = operands(2, 1, 11, 3, 3)
+    options = {"temperature": 0.3, "alpha": 0.3, "beta": 5.0, "form": form}
+    whole = value_and_grad(relicv2_loss, *given, **options)
+    monkeypatch.setattr("relssl.losses.relicv2._CPU_BLOCK", elements)
+    torch.testing.assert_close(value_and_grad(relicv2_loss, *given, **options), whole, rtol=1e-12, atol=1e-14)
+
+
+def test_candidates_are_not_kept():
+    """Rows of all candidates of all crops would be many times the operands."""
+    online, target, negatives = operands(4, 2, 512, 64, 10)
+    with Allocations() as allocations:
+        relicv2_loss(online.requires_grad_(), target, negatives, temperature=0.3, alpha=0.3, beta=5.0).backward()
+    kept = (4 * 6 + 4 * 6) * 512 * 11 * 64 * 8  # by two loops over crops
+    assert allocations.peak < kept / 4
 
 
 @pytest.mark.parametrize("form", ["transpose", "swap"])
