@@ -80,6 +80,17 @@ def test_recipes_carry_the_papers_numbers():
         assert blur == ("blur", 0.5, {"sigma": (0.1, 2.0), "kernel": "torchvision"})
         assert spec.flip == 0.5
     assert not plan[0].ops
+    strong = load_recipe(recipe_path("ressl/imagenet_resnet50_5crop_strong"))
+    (strong_plan,) = [plan for _, plan in strong.views.specs()]
+    assert strong_plan[0] == plan[0]
+    for spec, (size, (_, largest)) in zip(strong_plan[1:], students, strict=True):
+        assert (spec.size, spec.box_options["scale"], spec.flip) == (size, (0.08, largest), 0.5)
+        jitter, grey, blur, randaugment = spec.ops
+        assert jitter == ("jitter", 0.8, {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2})
+        assert (grey, blur) == plan[1].ops[1:]
+        assert randaugment == ("randaugment", 1.0, {"n": 5, "m": 10})
+    same = ("data", "method", "backbone", "optim", "train", "eval")
+    assert strong.model_dump(include=set(same)) == imagenet.model_dump(include=set(same))
     assert (imagenet.optim.lr, imagenet.optim.weight_decay, imagenet.optim.exclude) == (0.05, 1e-4, "by_name")
     for data, queue, momentum in (
         ("cifar10", 4096, 0.99),
