@@ -429,7 +429,8 @@ class CifarRun:
         trained = [] if self.epochs is None else [_count(self.epochs, "epoch")]
         if settings.exists():
             recipe = yaml.safe_load(settings.read_text(encoding="utf-8"))
-            count = sum(spec.get("count", 1) for spec in recipe["views"].get("plan", ()))
+            plan = recipe["views"].get("plan") or recipe["views"]["phases"][-1]["plan"]
+            count = sum(spec.get("count", 1) for spec in plan)
             trained += [f"batch {recipe['train']['batch_size']}", f"{_count(count, 'view')} a step"]
         if self.views is not None:
             trained.append(f"{self.views:,} views in all")
