@@ -32,6 +32,8 @@ from relssl.ops.known_gradient import attach_gradient
 
 # Elements of the largest tensor of a block of images: a few MB on a CPU, launches worth their while on a GPU.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 25
+# Each block adds to the gradient of all images, so there are at most so many of them.
+_MOST_BLOCKS = 16
 # From this share of all images on, products with all of them cost less than gathered rows.
 _DENSE_SHARE = 0.25
 
@@ -85,8 +87,9 @@ def _in_blocks(
     o_BVD = o_VBD.detach().transpose(0, 1).contiguous().requires_grad_(wants_gradient)
     t_BLD = t_LBD.transpose(0, 1).contiguous()
     loss, grad_BVD = o_BVD.new_zeros(()), torch.zeros_like(o_BVD)
-    for rows in torch.arange(len(candidates_BC)).split(_images_per_block(o_BVD, candidates_BC)):
-        block = slice(int(rows[0]), int(rows[-1]) + 1)
+    step = _images_per_block(o_BVD, t_BLD, candidates_BC)
+    for start in range(0, len(candidates_BC), step):
+        block = slice(start, start + step)
         with torch.set_grad_enabled(wants_gradient):
             part = objective.sum_of(o_BVD, t_BLD, block, candidates_BC[block])
         loss += part.detach()
@@ -96,9 +99,17 @@ def _in_blocks(
     return loss / terms, (grad_BVD / terms).transpose(0, 1) if wants_gradient else None
 
 
-def _images_per_block(o_BVD: Tensor, candidates_BC: Tensor) -> int:
+def _images_per_block(o_BVD: Tensor, t_BLD: Tensor, candidates_BC: Tensor) -> int:
+    images, crops, dim = o_BVD.shape
+    of_an_image = crops * (
+        t_BLD.shape[1] * images if _is_dense(candidates_BC, images) else candidates_BC.shape[1] * dim
+    )
     elements = _CPU_BLOCK if o_BVD.device.type == "cpu" else _GPU_BLOCK
-    return max(1, elements // (candidates_BC.shape[1] * o_BVD[0].numel()))
+    return max(elements // of_an_image, -(-images // _MOST_BLOCKS))
+
+
+def _is_dense(candidates_bC: Tensor, images: int) -> bool:
+    return candidates_bC.shape[1] >= _DENSE_SHARE * images
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,7 @@ class _Objective:
 
     def _log_softmax(self, anchors_bID: Tensor, others_BJD: Tensor, candidates_bC: Tensor) -> Tensor:
         """(b, I, J, C) logarithms of every anchor's softmax over its candidates among the others of every crop."""
-        if candidates_bC.shape[1] >= _DENSE_SHARE * len(others_BJD):
+        if _is_dense(candidates_bC, len(others_BJD)):
             places = candidates_bC[:, None, None].expand(-1, anchors_bID.shape[1], others_BJD.shape[1], -1)
             products = torch.einsum("bid,njd->bijn", anchors_bID, others_BJD).gather(3, places)
         else:

@@ -57,9 +57,7 @@ def value_and_grad(loss, online, *args, **options):
     return value.detach(), torch.autograd.grad(value, leaf)[0]
 
 
-@pytest.mark.parametrize(
-    ("large", "small", "b", "d", "n"), [(2, 1, 5, 3, 2), (1, 0, 2, 3, 1), (3, 2, 9, 4, 8), (2, 2, 12, 4, 1)]
-)
+@pytest.mark.parametrize(("large", "small", "b", "d", "n"), SIZES)
 @pytest.mark.parametrize("form", ["transpose", "swap"])
 @pytest.mark.parametrize("stop_gradient", [True, False])
 def test_loss_and_gradient_equal_the_sums(large, small, b, d, n, form, stop_gradient):
@@ -77,6 +75,7 @@ def test_blocks_of_images_add_up(form, elements, monkeypatch):
     options = {"temperature": 0.3, "alpha": 0.3, "beta": 5.0, "form": form}
     whole = value_and_grad(relicv2_loss, *given, **options)
     monkeypatch.setattr("relssl.losses.relicv2._CPU_BLOCK", elements)
+    monkeypatch.setattr("relssl.losses.relicv2._MOST_BLOCKS", 11)
     torch.testing.assert_close(value_and_grad(relicv2_loss, *given, **options), whole, rtol=1e-12, atol=1e-14)
 
 
@@ -87,6 +86,16 @@ def test_candidates_are_not_kept():
         relicv2_loss(online.requires_grad_(), target, negatives, temperature=0.3, alpha=0.3, beta=5.0).backward()
     kept = (4 * 6 + 4 * 6) * 512 * 11 * 64 * 8  # by two loops over crops
     assert allocations.peak < kept / 4
+
+
+@pytest.mark.parametrize("negatives", [10, 255])
+def test_operations_do_not_grow_with_the_batch(negatives, monkeypatch):
+    monkeypatch.setattr("relssl.losses.relicv2._CPU_BLOCK", 1)
+    given = operands(4, 2, 256, 8, negatives)
+    given[0].requires_grad_()
+    with Allocations() as allocations:
+        relicv2_loss(*given, temperature=0.3, alpha=0.3, beta=5.0).backward()
+    assert allocations.operations < 16 * 120  # sixteen blocks, whatever the batch
 
 
 @pytest.mark.parametrize("form", ["transpose", "swap"])
