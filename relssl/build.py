@@ -60,7 +60,7 @@ def make_optimizer(optim: Optim, method: nn.Module) -> torch.optim.Optimizer:
 
 def make_schedule(optim: Optim, per_epoch: int, total: int, global_batch: int) -> Callable[[int], float]:
     """Update -> learning rate, for a recipe and a length of training in updates."""
-    base, final = (scale_lr(rate, global_batch, optim.lr_scaling) for rate in (optim.lr, optim.schedule.final))
+    base, final = (scale_lr(rate, global_batch, optim.lr_scaling) for rate in (optim.lr, optim.final_lr))
     schedule = optim.schedule
     if schedule.name == "warmup_cosine":
         return lambda update: warmup_cosine(

@@ -122,12 +122,15 @@ class Schedule(Section):
     warmup_epochs: float = Field(0, ge=0)
     inclusive_warmup: bool = False
     final: float = Field(0.0, ge=0, description="last learning rate, before scaling")
+    final_share: float | None = Field(None, ge=0, le=1, description="instead of final: its share of lr")
     milestones: list[int] = Field(default_factory=list, description="epochs at which multistep multiplies by gamma")
     gamma: float = Field(0.1, gt=0)
 
     @model_validator(mode="after")
     def _complete(self) -> Schedule:
-        if self.name == "exponential" and self.final == 0:
+        if self.final and self.final_share is not None:
+            raise ValueError("final and final_share say the same thing; give one of them")
+        if self.name == "exponential" and not (self.final or self.final_share):
             raise ValueError("exponential falls geometrically to `final`, which must be above 0")
         if self.name == "multistep" and not self.milestones:
             raise ValueError("multistep needs milestones, the epochs at which the rate falls")
@@ -146,6 +149,18 @@ class Optim(Section):
     weight_decay: float = Field(0.0, ge=0)
     exclude: Literal["none", "by_name", "1d"] = "none"
     schedule: Schedule = Schedule()
+
+    @model_validator(mode="after")
+    def _falls(self) -> Optim:
+        if self.final_lr > self.lr:
+            raise ValueError(f"schedule.final is {self.final_lr}, above lr {self.lr}: the rate would rise; lower it")
+        return self
+
+    @property
+    def final_lr(self) -> float:
+        """The last learning rate, before scaling."""
+        share = self.schedule.final_share
+        return self.schedule.final if share is None else share * self.lr
 
 
 class Checkpointing(Section):

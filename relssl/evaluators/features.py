@@ -5,8 +5,7 @@ Legend: n queries, N keys, D feature width, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
@@ -15,26 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.errors import ConfigError, InputError
+from relssl.ops.precision import full_precision
 
 QUERY_BLOCK = 512
 KEY_BLOCK = 16_384  # 512 x 16,384 similarities are 32 MiB in float32
 ROW_BLOCK = 65_536
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in true float32: no autocast, no TF32, whatever the training loop has switched on.
-
-    TF32 keeps 10 bits of a similarity. At temperature 0.07 that moves a neighbour's weight by about a
-    percent, so accuracies would depend on a speed setting.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def check_features(features: Tensor, name: str, *, allow_zero: bool = False) -> Tensor:

@@ -40,7 +40,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.errors import ConfigError, InputError, RunError, unknown_name
-from relssl.evaluators.features import check_features, check_labels, check_same_width, full_precision
+from relssl.evaluators.features import check_features, check_labels, check_same_width
+from relssl.ops.precision import full_precision
 
 HEAD_FORMAT = 1
 TEST_BLOCK = 8_192

@@ -7,7 +7,7 @@ from relssl.losses.component_contrastive import component_contrastive, connected
 from relssl.losses.nt_xent import nt_xent
 from relssl.losses.relation_pairs import relation_pairs_loss
 from relssl.losses.relational import relational_cross_entropy
-from relssl.losses.relicv2 import relicv2_loss
+from relssl.losses.relicv2 import relicv2_loss, relicv2_terms
 
 __all__ = [
     "assignment_cross_entropy",
@@ -18,5 +18,6 @@ __all__ = [
     "relation_pairs_loss",
     "relational_cross_entropy",
     "relicv2_loss",
+    "relicv2_terms",
     "sinkhorn_assign",
 ]

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from relssl.ops.known_gradient import attach_gradient
+from relssl.ops.precision import full_precision
 from relssl.ops.tiles import keys_per_tile
 
 
@@ -33,7 +34,7 @@ from relssl.ops.tiles import keys_per_tile
 def nearest_neighbours(features: Tensor) -> Tensor:
     """The most similar other row of each row, by product; of equals the first.
 
-    In float32 at least: products in half precision turn neighbours around.
+    In float32 at least, and without TF32: products of fewer digits turn neighbours around.
 
     Shape:
         (N, D), N at least 2 -> (N,) int64
@@ -46,7 +47,7 @@ def nearest_neighbours(features: Tensor) -> Tensor:
             f"expected floating-point features (N, D) of at least two images; got {features.dtype} "
             f"{tuple(features.shape)}"
         )
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features.device):
         rows_ND = features.to(torch.promote_types(features.dtype, torch.float32))
         found = []
         step = keys_per_tile(len(rows_ND), len(rows_ND), rows_ND.device)

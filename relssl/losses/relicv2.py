@@ -68,6 +68,33 @@ def relicv2_loss(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, a temperature <= 0, an unknown form.
     """
+    return relicv2_terms(
+        online,
+        target,
+        negatives,
+        temperature=temperature,
+        alpha=alpha,
+        beta=beta,
+        form=form,
+        stop_gradient=stop_gradient,
+    )[0]
+
+
+def relicv2_terms(
+    online: Tensor,
+    target: Tensor,
+    negatives: Tensor,
+    *,
+    temperature: float,
+    alpha: float,
+    beta: float,
+    form: Literal["transpose", "swap"] = "transpose",
+    stop_gradient: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`relicv2_loss`, and beside it the contrastive and the invariance term without weights and without gradient.
+
+    With `beta` 0 the invariance is not computed, and 0.
+    """
     _check(online, target, negatives, temperature, form)
     wide = torch.promote_types(torch.promote_types(online.dtype, target.dtype), torch.float32)
     with torch.autocast(online.device.type, enabled=False):
@@ -75,28 +102,30 @@ def relicv2_loss(
         t_LBD = F.normalize(target.detach().to(wide), dim=2)
         candidates = torch.cat([torch.arange(len(negatives), device=negatives.device)[:, None], negatives], dim=1)
         objective = _Objective(temperature, alpha, beta, form, stop_gradient)
-        loss, grad = _in_blocks(o_VBD, t_LBD, candidates, objective)
-        return loss if grad is None else attach_gradient(loss, [o_VBD], [grad])
+        terms, grad = _in_blocks(o_VBD, t_LBD, candidates, objective)
+        loss = alpha * terms[0] + beta * terms[1]
+        return loss if grad is None else attach_gradient(loss, [o_VBD], [grad]), *terms
 
 
 def _in_blocks(
     o_VBD: Tensor, t_LBD: Tensor, candidates_BC: Tensor, objective: _Objective
 ) -> tuple[Tensor, Tensor | None]:
-    """Value and, where it is wanted, the gradient with respect to `o_VBD`."""
+    """Both terms (2,) and, where it is wanted, the gradient of the loss with respect to `o_VBD`."""
     wants_gradient = torch.is_grad_enabled() and o_VBD.requires_grad
     o_BVD = o_VBD.detach().transpose(0, 1).contiguous().requires_grad_(wants_gradient)
     t_BLD = t_LBD.transpose(0, 1).contiguous()
-    loss, grad_BVD = o_BVD.new_zeros(()), torch.zeros_like(o_BVD)
+    terms, grad_BVD = o_BVD.new_zeros(2), torch.zeros_like(o_BVD)
     step = _images_per_block(o_BVD, t_BLD, candidates_BC)
     for start in range(0, len(candidates_BC), step):
         block = slice(start, start + step)
         with torch.set_grad_enabled(wants_gradient):
-            part = objective.sum_of(o_BVD, t_BLD, block, candidates_BC[block])
-        loss += part.detach()
+            contrastive, invariance = objective.sums(o_BVD, t_BLD, block, candidates_BC[block])
+            loss = objective.alpha * contrastive + objective.beta * invariance
+        terms += torch.stack([contrastive, invariance]).detach()
         if wants_gradient:
-            grad_BVD += torch.autograd.grad(part, o_BVD)[0]
-    terms = o_BVD.shape[0] * o_BVD.shape[1] * t_BLD.shape[1]
-    return loss / terms, (grad_BVD / terms).transpose(0, 1) if wants_gradient else None
+            grad_BVD += torch.autograd.grad(loss, o_BVD)[0]
+    count = o_BVD.shape[0] * o_BVD.shape[1] * t_BLD.shape[1]
+    return terms / count, (grad_BVD / count).transpose(0, 1) if wants_gradient else None
 
 
 def _images_per_block(o_BVD: Tensor, t_BLD: Tensor, candidates_BC: Tensor) -> int:
@@ -120,12 +149,12 @@ class _Objective:
     form: str
     stop_gradient: bool
 
-    def sum_of(self, o_BVD: Tensor, t_BLD: Tensor, block: slice, candidates_bC: Tensor) -> Tensor:
-        """The objective summed over a block of images and all pairs of crops."""
+    def sums(self, o_BVD: Tensor, t_BLD: Tensor, block: slice, candidates_bC: Tensor) -> tuple[Tensor, Tensor]:
+        """The contrastive term and the invariance, summed over a block of images and all pairs of crops."""
         log_p_bVLC = self._log_softmax(o_BVD[block], t_BLD, candidates_bC)
-        total = -self.alpha * log_p_bVLC[..., 0].sum()
+        contrastive = -log_p_bVLC[..., 0].sum()
         if not self.beta:
-            return total
+            return contrastive, torch.zeros_like(contrastive)
         if self.form == "transpose":
             log_q_bVLC = self._log_softmax(t_BLD[block], o_BVD, candidates_bC).transpose(1, 2)
         else:
@@ -133,8 +162,7 @@ class _Objective:
             log_q_bVLC = log_p_bVLC.transpose(1, 2)
         p = log_p_bVLC.exp()
         entropy = (p * log_p_bVLC).sum()
-        divergence = (entropy.detach() if self.stop_gradient else entropy) - (p * log_q_bVLC).sum()
-        return total + self.beta * divergence
+        return contrastive, (entropy.detach() if self.stop_gradient else entropy) - (p * log_q_bVLC).sum()
 
     def _log_softmax(self, anchors_bID: Tensor, others_BJD: Tensor, candidates_bC: Tensor) -> Tensor:
         """(b, I, J, C) logarithms of every anchor's softmax over its candidates among the others of every crop."""

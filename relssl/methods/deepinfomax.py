@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from pipelines.batch import ViewBatch
 from relssl.methods import base
 from relssl.ops.rows import at_least_float32, spread
+from relssl.ops.transfer import from_host
 
 HIDDEN = 256
 GLOBAL_CHANNELS, GLOBAL_SIDE = 32, 16
@@ -86,13 +87,13 @@ class Method(base.Method):
         if count is None or count >= places:
             return stem
         chosen = torch.randperm(places, generator=replace(step, micro=0).generator("places"))[:count]
-        return stem.flatten(2)[:, :, None, chosen.to(stem.device)]
+        return stem.flatten(2)[:, :, None, from_host(chosen, stem.device)]
 
     def _noise(self, batch: ViewBatch, step: base.Step) -> Tensor:
         """(B, D) uniform numbers: those of the images' places in the global batch, however it is cut."""
         generator = replace(step, micro=0).generator("prior")
         noise = torch.rand((self.data.global_batch, self.encoder.feature_dim), generator=generator)
-        return noise.to(batch.position.device)[batch.position]
+        return from_host(noise, batch.position.device)[batch.position]
 
 
 def contrast(scores: Tensor, other_scores: Tensor) -> Tensor:

@@ -20,15 +20,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipelines.batch import ViewBatch
+from pipelines.errors import ConfigError
 from relssl import dist
-from relssl.losses import relicv2_loss
+from relssl.losses import relicv2_terms
 from relssl.methods import base
 from relssl.nets import BatchNorm1d, ema_update, make_teacher
 from relssl.ops.rows import spread
+from relssl.ops.transfer import from_host
 from relssl.optim import cosine_ema
 
 
@@ -47,6 +49,12 @@ class ReLICv2Config(base.MethodConfig):
     invariance: Literal["transpose", "swap"] = "transpose"
     stop_gradient: bool = Field(True, description="no gradient through the entropy in the invariance term")
 
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> ReLICv2Config:
+        if not self.alpha and not self.beta:
+            raise ValueError("alpha and beta are both 0, so the loss is; give one of them a weight")
+        return self
+
 
 class Method(base.Method):
     Config = ReLICv2Config
@@ -57,11 +65,11 @@ class Method(base.Method):
 
     def __init__(self, make_backbone: Callable[[], Any], config: ReLICv2Config, data: base.DataInfo):
         super().__init__(make_backbone, config, data)
+        _check_negatives(config.num_negatives, data.global_batch)
         self.encoder = make_backbone()
         self.projector = byol_mlp(self.encoder.feature_dim, config.hidden_dim, config.embed_dim)
-        has_predictor = config.predictor
         self.predictor = (
-            byol_mlp(config.embed_dim, config.hidden_dim, config.embed_dim) if has_predictor else nn.Identity()
+            byol_mlp(config.embed_dim, config.hidden_dim, config.embed_dim) if config.predictor else nn.Identity()
         )
         self.target = make_teacher(nn.ModuleDict({"encoder": self.encoder, "projector": self.projector}))
 
@@ -71,17 +79,22 @@ class Method(base.Method):
         with torch.no_grad():
             target_BD = [self.target["projector"](self.target["encoder"](x)) for x in large]
         order = dist.gather(batch.position).argsort()  # rank-major -> order of the global batch
-        loss = relicv2_loss(
+        loss, contrastive, invariance = relicv2_terms(
             _of_all_processes(online_BD, order),
             _of_all_processes(target_BD, order),
-            draw_negatives(len(order), self.config.num_negatives, step.generator("negatives")).to(order.device),
+            draw_negatives(len(order), self.config.num_negatives, step.generator("negatives"), order.device),
             temperature=self.config.temperature,
             alpha=self.config.alpha,
             beta=self.config.beta,
             form=self.config.invariance,
             stop_gradient=self.config.stop_gradient,
         )
-        return loss, {"embedding_spread": spread(torch.cat(online_BD))}
+        metrics = {
+            "contrastive_loss": contrastive,
+            "invariance_loss": invariance,
+            "embedding_spread": spread(torch.cat(online_BD)),
+        }
+        return loss, metrics
 
     def after_update(self, step: base.Step) -> None:
         momentum = cosine_ema(step.update, base=self.config.momentum, total_steps=self.data.total_updates)
@@ -94,21 +107,34 @@ def _of_all_processes(views_BD: Sequence[Tensor], order: Tensor) -> Tensor:
     return dist.gather(torch.stack(list(views_BD), dim=1), grad=True)[order].transpose(0, 1)
 
 
-def draw_negatives(images: int, count: int | None, generator: torch.Generator) -> Tensor:
-    """Other images for each image, uniformly and each at most once: (images, count) int64, on the CPU.
+def _check_negatives(count: int | None, images: int) -> None:
+    if count is not None and count >= images:
+        raise ConfigError(
+            f"num_negatives is {count}, but among the {images} images that are compared each has only {images - 1} "
+            "others; lower it, set it to null for all of them, or make the batch larger"
+        )
 
-    Floyd's way of drawing without replacement, for all rows at once. With too few others, or None, all of them.
+
+def draw_negatives(images: int, count: int | None, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Other images for each image, uniformly and each at most once: (images, count) int64; all others for None.
+
+    Floyd's way of drawing without replacement, for all rows at once, on the host: the same numbers everywhere.
+
+    Raises:
+        ConfigError: there are not that many other images.
     """
-    others = images - 1
-    if count is None or count >= others:
-        chosen = torch.arange(others).repeat(images, 1)
+    _check_negatives(count, images)
+    if count is None:
+        chosen = torch.arange(images - 1, device=device).expand(images, -1)
     else:
-        chosen = torch.empty((images, count), dtype=torch.int64)
-        for i, last in enumerate(range(others - count, others)):
-            drawn = torch.randint(last + 1, (images,), generator=generator)
-            taken = (chosen[:, :i] == drawn[:, None]).any(1)
-            chosen[:, i] = torch.where(taken, last, drawn)
-    return chosen + (chosen >= torch.arange(images)[:, None])  # an image is not among its others
+        draws = torch.empty((images, count), dtype=torch.int64)
+        taken = torch.zeros((images, images), dtype=torch.bool)
+        for i, last in enumerate(range(images - 1 - count, images - 1)):
+            drawn = torch.randint(last + 1, (images, 1), generator=generator)
+            draws[:, i] = torch.where(taken.gather(1, drawn), last, drawn)[:, 0]
+            taken.scatter_(1, draws[:, i : i + 1], True)
+        chosen = from_host(draws, device)
+    return chosen + (chosen >= torch.arange(images, device=device)[:, None])  # an image is not among its others
 
 
 def byol_mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:

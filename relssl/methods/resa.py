@@ -25,6 +25,7 @@ from relssl import dist
 from relssl.losses import assignment_cross_entropy, sinkhorn_assign
 from relssl.methods import base
 from relssl.nets import BatchNorm1d, ema_update, make_teacher
+from relssl.ops.precision import full_precision
 from relssl.ops.rows import spread, unit_rows
 from relssl.optim import cosine_ema
 
@@ -59,11 +60,8 @@ class Method(base.Method):
 
     def forward(self, batch: ViewBatch, step: base.Step) -> tuple[Tensor, dict[str, Tensor]]:
         views = [*batch.views["weak"], *batch.views["strong"]]
-        h_BF, z_BD = [], []
-        for x in views:
-            h = self.encoder(x)
-            h_BF.append(h)
-            z_BD.append(unit_rows(self.predictor(self.projector(h))))
+        h_BF = [self.encoder(x) for x in views]
+        z_BD = [unit_rows(self.predictor(self.projector(h))) for h in h_BF]
         with torch.no_grad():
             if step.micro == 0:
                 self._update_target(step)
@@ -81,7 +79,7 @@ class Method(base.Method):
     def _assign(self, h: Tensor, h_target: Tensor) -> Tensor:
         """(B, N): which of all processes' images the weak views of this process's images belong with."""
         encoding_BF, encodings_NF = unit_rows(h), dist.gather(unit_rows(h_target))
-        with torch.autocast(h.device.type, enabled=False):  # exp(scores / 0.05) wants their digits
+        with full_precision(h.device):  # exp(scores / 0.05) wants their digits
             scores_BN = encoding_BF @ encodings_NF.T
         return sinkhorn_assign(
             scores_BN, temperature=self.config.sinkhorn_temperature, iterations=self.config.sinkhorn_iterations

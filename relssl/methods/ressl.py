@@ -29,6 +29,7 @@ from relssl.nets.ema import ema_update, make_teacher
 from relssl.nets.heads import MLPHead
 from relssl.nets.queue import KeyQueue
 from relssl.ops.rows import spread, unit_rows
+from relssl.ops.transfer import from_host
 
 
 class ReSSLConfig(base.MethodConfig):
@@ -100,7 +101,7 @@ class Method(base.Method):
         if not self.config.shuffle:
             k_BD = self._teacher_embedding(x)
             return k_BD, dist.gather(k_BD)[order]
-        shuffle = torch.randperm(len(order), generator=step.generator("shuffle")).to(x.device)
+        shuffle = from_host(torch.randperm(len(order), generator=step.generator("shuffle")), x.device)
         mine = shuffle[rank::world]
         shuffled = dist.gather(x)[order[mine]]
         if x.is_contiguous(memory_format=torch.channels_last):

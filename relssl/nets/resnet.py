@@ -160,6 +160,8 @@ class ResNet(nn.Module):
         super().__init__()
         if stem not in STEMS:
             raise ConfigError(f"Unknown stem {stem!r}. Known: {', '.join(STEMS)}.")
+        if not isinstance(zero_init_residual, bool):
+            raise ConfigError(f"zero_init_residual is true or false, got {zero_init_residual!r}.")
         first, *nominal = (scaled_channels(c, width) for c in channels)
         outputs = [c * expansion for c in nominal]
         self.stem_channels, self.feature_dim = first, outputs[3]

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from pipelines.batch import ViewBatch
+from pipelines.errors import ConfigError
 from relssl.methods.base import DataInfo, Step
 from relssl.methods.relicv2 import Method, ReLICv2Config, draw_negatives
 from relssl.nets import build_backbone
 from relssl.optim import cosine_ema
+
+CPU = torch.device("cpu")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -18,7 +21,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize(("images", "count"), [(2, 1), (6, 3), (9, 7), (50, 10)])
 def test_negatives_are_other_images_and_each_at_most_once(images: int, count: int) -> None:
-    drawn = draw_negatives(images, count, generator())
+    drawn = draw_negatives(images, count, generator(), CPU)
     assert drawn.shape == (images, count)
     for row, others in enumerate(drawn.tolist()):
         assert len(set(others)) == count
@@ -27,7 +30,7 @@ def test_negatives_are_other_images_and_each_at_most_once(images: int, count: in
 
 def test_negatives_are_uniform() -> None:
     images, count, rounds = 7, 3, 4000
-    drawn = torch.stack([draw_negatives(images, count, generator(seed)) for seed in range(rounds)])
+    drawn = torch.stack([draw_negatives(images, count, generator(seed), CPU) for seed in range(rounds)])
     for row in range(images):
         share = torch.bincount(drawn[:, row].flatten(), minlength=images) / rounds
         expected = torch.full((images,), count / (images - 1)).index_fill(0, torch.tensor(row), 0.0)
@@ -36,15 +39,35 @@ def test_negatives_are_uniform() -> None:
     assert pairs.float().mean().item() == pytest.approx(3 * 2 / (6 * 5), abs=0.035)  # without replacement
 
 
-@pytest.mark.parametrize("count", [None, 4, 9])
+@pytest.mark.parametrize("count", [None, 4])
 def test_all_others_where_there_are_no_more(count: int | None) -> None:
-    drawn = draw_negatives(5, count, generator())
+    drawn = draw_negatives(5, count, generator(), CPU)
     assert drawn.tolist() == [[i for i in range(5) if i != row] for row in range(5)]
+
+
+def test_more_negatives_than_images_are_refused() -> None:
+    with pytest.raises(ConfigError, match="num_negatives is 5, but among the 5 images"):
+        draw_negatives(5, 5, generator(), CPU)
+    with pytest.raises(ConfigError, match="among the 8 images that are compared each has only 7 others"):
+        method(num_negatives=8)
+
+
+def test_a_loss_without_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="alpha and beta are both 0"):
+        method(alpha=0, beta=0)
+
+
+def test_both_terms_are_told() -> None:
+    loss, metrics = method(num_negatives=3)(batch(), Step(0, 0))
+    told = 0.3 * metrics["contrastive_loss"] + 5.0 * metrics["invariance_loss"]
+    assert loss.item() == pytest.approx(told.item(), rel=1e-6)
+    assert metrics["contrastive_loss"] > 0
+    assert metrics["invariance_loss"] > 0
 
 
 def method(**settings: object) -> Method:
     torch.manual_seed(0)
-    config = ReLICv2Config(hidden_dim=16, embed_dim=8, **settings)
+    config = ReLICv2Config(**{"hidden_dim": 16, "embed_dim": 8, "num_negatives": 5, **settings})
     return Method(lambda: build_backbone("conv4"), config, DataInfo(64, None, 8, 20, 8))
 
 
