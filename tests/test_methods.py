@@ -25,10 +25,8 @@ from relssl.build import build_method, make_optimizer, make_schedule
 from relssl.cli.base import load
 from relssl.config import Recipe
 from relssl.evaluate import initial_backbone, open_weights
-from relssl.losses import component_contrastive, connected_components, nearest_neighbours, nt_xent
 from relssl.methods import base, load_method, method_names
 from relssl.methods.base import Method, Step
-from relssl.ops.rows import unit_rows
 from relssl.runfolder import RunFolder
 from relssl.train import data_info, run_update, train
 from tests.pipelines.test_crop import smooth_images
@@ -36,6 +34,7 @@ from tests.pipelines.test_loader import damage, jpeg
 from tests.relssl import tiny
 from tests.relssl.dist_helpers import run_ranks
 from tests.relssl.test_train import assert_equal_states, final_state
+from tests.relssl.wcl_in_one_process import wcl_loss_of_two_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = method_names()
@@ -333,30 +332,10 @@ def test_two_processes_hold_the_others_constant(constants_name: str, data: Path)
     two = run_ranks(_first_loss, 2, constants_name, str(data), 2)
     rig = Rig(recipe_of(constants_name, data, "train.precision=fp64", "backbone.norm=sync"), torch.float64)
     batch = next(rig.begin_epoch())
-    half = len(batch) // 2
-    total: Tensor | float = 0.0
-    for rank in (0, 1):
-        mine = torch.arange(rank, len(batch), 2)
-        order = torch.cat([mine, torch.arange(1 - rank, len(batch), 2)])  # as if this process were the first
-        views = {key: tuple(x[order] for x in xs) for key, xs in batch.views.items()}
-        whole = type(batch)(views, batch.index[order], batch.label[order], batch.position[order])
-        total = total + _loss_of_first_rows(rig.method, whole, half) / 2
-    assert isinstance(total, Tensor)
-    total.backward()
+    wcl_loss_of_two_processes(rig.method, batch).backward()
     for key, parameter in rig.method.named_parameters():
         mean = (two[0][key] + two[1][key]) / 2
         torch.testing.assert_close(mean, parameter.grad, rtol=0, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
-
-
-def _loss_of_first_rows(method: Method, batch: Any, half: int) -> Tensor:
-    """WCL's loss of the first rows of a batch, all others constants, with statistics of the whole."""
-    tau = method.config.temperature
-    features = [method.encoder(x) for x in batch.views["view"]]
-    z, u = ([unit_rows(head(f)) for f in features] for head in (method.head1, method.head2))
-    others = torch.cat([x[half:].detach() for x in z])
-    labels = [connected_components(nearest_neighbours(x.detach())) for x in u]
-    graph = [component_contrastive(u[v][:half], u[v].detach(), labels[1 - v], temperature=tau) for v in (0, 1)]
-    return nt_xent(z[0][:half], z[1][:half], temperature=tau, extra_keys=others) + sum(graph) / 2
 
 
 @pytest.mark.slow

@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.loader import ViewLoader
+from relssl.build import build_method
 from relssl.config import load_recipe
+from relssl.dist import mix
+from relssl.recipes import recipe_path
 from relssl.runfolder import RunFolder
-from relssl.train import train
+from relssl.train import data_info, train
 from tests.relssl import tiny
 from tests.relssl.test_train import assert_equal_states, final_state
+from tests.relssl.wcl_in_one_process import wcl_loss_of_two_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 UPDATES = 21  # 7 epochs of 3
@@ -33,6 +38,16 @@ def launch(arguments):
 
 def options(norm):
     return [f"backbone.norm={norm}", "train.precision=fp64", "train.epochs=7", "train.checkpoint.every_updates=null"]
+
+
+def on_tiny_data(folder):
+    """Overrides of a recipe for CIFAR-10."""
+    for split, seed in (("train", 0), ("test", 1)):
+        tiny.write_data(folder / f"{split}.beton", seed=seed, side=32)
+    return [
+        f"data.train={folder / 'train.beton'}", f"data.test={folder / 'test.beton'}", "data.engine=resident",
+        "eval.online=null", "train.precision=fp64",
+    ]  # fmt: skip
 
 
 def assert_close_states(folder):
@@ -58,6 +73,42 @@ def test_two_processes_equal_one(tmp_path, norm):
         for measure in ("loss", "top1"):
             assert a.get(measure, 0) == pytest.approx(b.get(measure, 0), abs=1e-9)
     assert records[0][-1]["update"] == UPDATES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["resa", "relicv2"])
+def test_two_processes_of_another_method_equal_one(method, tmp_path):
+    """Methods that gather their targets, from the method's own recipe."""
+    more = [*on_tiny_data(tmp_path), "train.epochs=2", "train.batch_size=16", "backbone.norm=sync"]
+    train(load_recipe(recipe_path(f"{method}/cifar10_cpu"), more), tmp_path / "one")
+    done = launch([f"{method}/cifar10_cpu", *more, "--out", str(tmp_path / "two")])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "on 2 process(es)" in done.stderr
+    assert_close_states(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_of_wcl_take_the_mean_of_their_gradients(tmp_path):
+    """Each holds the other's images constant, so one process does not equal two; one plain step shows the gradient."""
+    size = ["train.epochs=1", f"train.batch_size={tiny.COUNT}", "backbone.norm=sync"]
+    plain = ["optim.name=sgd", "optim.lr=0.5", "optim.lr_scaling=none", "optim.momentum=0", "optim.weight_decay=0"]
+    more = [*on_tiny_data(tmp_path), *size, *plain, "optim.schedule={name: constant}"]
+    recipe = load_recipe(recipe_path("wcl/cifar10_cpu"), more)
+    done = launch(["wcl/cifar10_cpu", *more, "--out", str(tmp_path / "two")])
+    assert done.returncode == 0, done.stdout + done.stderr
+    with ViewLoader(
+        recipe.data.train, recipe.views.specs(), global_batch=tiny.COUNT, engine="resident", dtype=torch.float64,
+        device=torch.device("cpu"), seed=recipe.train.seed,
+    ) as loader:  # fmt: skip
+        torch.manual_seed(mix(recipe.train.seed, "init"))
+        method = build_method(recipe, data_info(recipe, loader)).double().train()
+        wcl_loss_of_two_processes(method, next(iter(loader))).backward()
+    after = final_state(tmp_path / "two")
+    for key, parameter in method.named_parameters():
+        expected = parameter.detach() - 0.5 * parameter.grad
+        torch.testing.assert_close(
+            after[f"model/{key}"], expected, rtol=0, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 @pytest.mark.slow
