@@ -227,6 +227,8 @@ LIMITS = {
     "wcl_lars": "the original optimizer on synthetic gradients.",
     "wcl_lr": "the schedule alone.",
     "relicv2_loss": "not an original's: formulas of the paper, evaluated in float64.",
+    "relicv2_augment": "single operations on one image; draws, probabilities and order were not run.",
+    "relicv2_optim": "the original optimizer and schedules on random trees and gradients.",
     "relicv2_resnet": "random weights and narrow networks; no released checkpoint could be read.",
     "resa_loss": "encoder, projector and predictor are stand-ins that pass given embeddings on; float32 throughout.",
     "resa_step": "an encoder of two convolutions, narrow heads, one process without DistributedDataParallel.",

@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipelines.batch import ViewBatch
+from pipelines.errors import ConfigError
 from relssl import dist
 from relssl.losses import component_contrastive, connected_components, nearest_neighbours, nt_xent
 from relssl.methods import base
@@ -47,6 +48,11 @@ class Method(base.Method):
 
     def __init__(self, make_backbone: Callable[[], Any], config: WCLConfig, data: base.DataInfo):
         super().__init__(make_backbone, config, data)
+        if data.global_batch < 3:
+            raise ConfigError(
+                f"wcl got {data.global_batch} images an update: its graph then always joins all of them, and nothing is "
+                "told apart; take a batch of at least 3, and of hundreds for features worth having"
+            )
         self.encoder = make_backbone()
         self.head1 = DeepMLPHead(self.encoder.feature_dim, config.hidden_dim, config.embed_dim)
         self.head2 = DeepMLPHead(self.encoder.feature_dim, config.hidden_dim, config.embed_dim)

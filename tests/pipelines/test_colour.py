@@ -163,6 +163,10 @@ def by_torch(name, image, value, sums):
 BLUR_TAPS = 2 * int(ORIGINAL["blur_kernel_size_arg"] / 2) + 1
 
 
+@pytest.mark.evidence(
+    "relicv2", "part", "each colour operation of BYOL's dialect, on one image; kernels of the CPU and torch's",
+    golden="relicv2_augment", dtype="float32", tolerance="2e-6",
+)  # fmt: skip
 @pytest.mark.parametrize("way", [by_kernels, by_torch])
 @pytest.mark.parametrize(
     ("name", "values"),

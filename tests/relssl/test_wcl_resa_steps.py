@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import ViewBatch
+from pipelines.errors import ConfigError
 from relssl.checkpoint import optimizer_tensors
 from relssl.config import Optim, Schedule
 from relssl.losses import connected_components
@@ -186,6 +187,12 @@ def test_wcls_parameter_groups_are_the_originals(case: str) -> None:
         for name in data[f"group{g}_names"]
     }
     assert ours == theirs
+
+
+def test_a_batch_of_two_is_refused() -> None:
+    cls = load_method("wcl")
+    with pytest.raises(ConfigError, match="wcl got 2 images an update"):
+        cls(lambda: Sequence(4, 4), cls.Config(), DataInfo(8, None, 2, 4, 4))
 
 
 def test_wcl_needs_no_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
