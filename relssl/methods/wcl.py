@@ -50,8 +50,8 @@ class Method(base.Method):
         super().__init__(make_backbone, config, data)
         if data.global_batch < 3:
             raise ConfigError(
-                f"wcl got {data.global_batch} images an update: its graph then always joins all of them, and nothing is "
-                "told apart; take a batch of at least 3, and of hundreds for features worth having"
+                f"wcl got {data.global_batch} images an update: its graph then always joins all of them, and nothing "
+                "is told apart; take a batch of at least 3, and of hundreds for features worth having"
             )
         self.encoder = make_backbone()
         self.head1 = DeepMLPHead(self.encoder.feature_dim, config.hidden_dim, config.embed_dim)
@@ -59,34 +59,29 @@ class Method(base.Method):
 
     def forward(self, batch: ViewBatch, step: base.Step) -> tuple[Tensor, dict[str, Tensor]]:
         features = [self.encoder(x) for x in batch.views["view"]]
-        z1_BD, z2_BD = (unit_rows(self.head1(f)) for f in features)
+        z_BD = [unit_rows(self.head1(f)) for f in features]
         u_BD = [unit_rows(self.head2(f)) for f in features]
+        z1_ND, z2_ND, *u_ND = dist.gather(torch.cat([*z_BD, *u_BD], dim=1).detach()).chunk(4, dim=1)
 
-        tau = self.config.temperature
-        instance = nt_xent(z1_BD, z2_BD, temperature=tau, extra_keys=_of_other_processes(z1_BD, z2_BD))
-        keys_ND = [dist.gather(u.detach()) for u in u_BD]
-        labels_N = [dist.broadcast(connected_components(nearest_neighbours(keys))) for keys in keys_ND]
-        offset = dist.rank() * len(batch)
+        tau, offset = self.config.temperature, dist.rank() * len(batch)
+        others = torch.cat([_of_other_processes(z, offset, len(batch)) for z in (z1_ND, z2_ND)])
+        instance = nt_xent(*z_BD, temperature=tau, extra_keys=others)
+        labels_N = dist.broadcast(torch.stack([connected_components(nearest_neighbours(keys)) for keys in u_ND]))
         graph = torch.stack(
-            [
-                component_contrastive(u_BD[v], keys_ND[v], labels_N[1 - v], offset=offset, temperature=tau)
-                for v in (0, 1)
-            ]
+            [component_contrastive(u_BD[v], u_ND[v], labels_N[1 - v], offset=offset, temperature=tau) for v in (0, 1)]
         ).mean()
         metrics = {
             "instance_loss": instance.detach(),
             "graph_loss": graph.detach(),
             "components": _count(labels_N[0]),
-            "embedding_spread": spread(torch.cat([z1_BD, z2_BD])),
+            "embedding_spread": spread(torch.cat(z_BD)),
         }
         return instance + graph, metrics
 
 
-def _of_other_processes(z1_BD: Tensor, z2_BD: Tensor) -> Tensor:
-    """Both views' embeddings of the other processes, without gradient; no rows with one process."""
-    rank, mine = dist.rank(), len(z1_BD)
-    others = [torch.cat([z_ND[: rank * mine], z_ND[(rank + 1) * mine :]]) for z_ND in map(dist.gather, (z1_BD, z2_BD))]
-    return torch.cat(others).detach()
+def _of_other_processes(rows_ND: Tensor, offset: int, mine: int) -> Tensor:
+    """Without the `mine` rows from `offset` on, which are this process's; none are left with one process."""
+    return torch.cat([rows_ND[:offset], rows_ND[offset + mine :]])
 
 
 def _count(labels: Tensor) -> Tensor:
