@@ -42,6 +42,10 @@ class PaperRow(Section):
 class About(Section):
     command: str = ""
     paper: PaperRow | None = None
+    assumptions: dict[str, str] = Field(
+        default_factory=dict,
+        description="keys of this recipe (views.plan.box) whose values no public source has: where they come from",
+    )
     measured: str = "unmeasured"
 
 
@@ -232,6 +236,7 @@ class Recipe(Section):
             raise ValueError(f"this is a recipe of format {self.format}; this version reads format {FORMAT}")
         if "name" not in self.method:
             raise ValueError("method needs a name")
+        self._check_assumptions()
         self.eval_spec()
         for values in self.eval.linear.plan or []:
             self.views.spec({"name": "train", **values})
@@ -251,6 +256,17 @@ class Recipe(Section):
                 f"train.batch_size {self.train.batch_size} is not a multiple of train.num_micro {self.train.num_micro}"
             )
         return self
+
+    def _check_assumptions(self) -> None:
+        if not self.about.assumptions:
+            return
+        values = self.model_dump(exclude={"about"})
+        for key in self.about.assumptions:
+            if not _leads_somewhere(values, key.split(".")):
+                raise ValueError(
+                    f"about.assumptions says where {key} comes from, but this recipe has no such key; give its whole "
+                    "path, as in optim.schedule.warmup_epochs or views.plan.box"
+                )
 
     def eval_spec(self) -> ViewSpec:
         """The un-augmented view of an image."""
@@ -324,10 +340,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = read_yaml(path)
     for override in overrides:
         apply_override(values, override)
-    if any(not override.startswith(_LEAVES_THE_ROW) for override in overrides):
-        about = values.get("about")
-        if isinstance(about, dict):  # a changed recipe no longer reproduces the paper's row
-            values["about"] = {key: value for key, value in about.items() if key != "paper"}
+    changes = [override for override in overrides if not override.startswith(_LEAVES_THE_ROW)]
+    if changes and isinstance(values.get("about"), dict):
+        values["about"] = _about_changed(values["about"], [change.partition("=")[0].strip() for change in changes])
     recipe = recipe_from(values, str(path))
     recipe.check()
     return recipe
@@ -340,6 +355,27 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
         ConfigError: an unknown key, a wrong type or range.
     """
     return _validate(Recipe, values, where)
+
+
+def _about_changed(about: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Of a recipe in which `keys` were changed: it reproduces no row, and what was chosen is no longer assumed."""
+    kept = {key: value for key, value in about.items() if key != "paper"}
+    if isinstance(kept.get("assumptions"), dict):
+        kept["assumptions"] = {
+            assumed: source
+            for assumed, source in kept["assumptions"].items()
+            if not any(f"{assumed}.".startswith(f"{key}.") or key.startswith(f"{assumed}.") for key in keys)
+        }
+    return kept
+
+
+def _leads_somewhere(values: Any, path: Sequence[str]) -> bool:
+    """Whether a path of keys leads to a value; through a list, by any of its items."""
+    if not path:
+        return True
+    if isinstance(values, list):
+        return any(_leads_somewhere(value, path) for value in values)
+    return isinstance(values, dict) and path[0] in values and _leads_somewhere(values[path[0]], path[1:])
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -292,6 +292,8 @@ def _paper(run: _Run, measures: Sequence[_Measure]) -> dict[str, Any] | None:
     reasons = []
     if "assumption" in told:
         reasons.append("the recipe rests on an assumption")
+    if assumptions := _assumptions(run):
+        reasons.append(f"no public source has {len(assumptions)} of the recipe's settings")
     if "not comparable" in told:
         reasons.append("the recipe says so")
     probes = [m.any_entry for m in measures if m.evaluator == "linear"]
@@ -304,6 +306,12 @@ def _paper(run: _Run, measures: Sequence[_Measure]) -> dict[str, Any] | None:
         "source": paper.get("source"),
         "reasons": reasons,
     }
+
+
+def _assumptions(run: _Run) -> list[tuple[str, str]]:
+    """Settings that no public source has, and where they come from."""
+    found = run.get("about", "assumptions")
+    return [(str(key), str(source)) for key, source in found.items()] if isinstance(found, dict) else []
 
 
 def _own_protocol(entry: Mapping[str, Any]) -> bool:
@@ -455,6 +463,7 @@ def _context(run: _Run, picture_budget: int) -> dict[str, Any]:
         "rows": _result_rows(measures, paper),
         "protocols": [{"label": m.label, "text": _protocol_text(m.any_entry)} for m in measures],
         "paper": paper,
+        "assumptions": _assumptions(run),
         "measured": run.get("about", "measured"),
         "charts": _charts(run),
         "time": _time(run),

@@ -152,6 +152,30 @@ def test_a_changed_recipe_loses_the_papers_row():
     assert load_recipe(path, ["data.train=x.beton", "train.epochs=100"]).about.paper is None
 
 
+ASSUMED = {"optim.lr": "a guess", "optim.schedule": "BYOL's", "views.plan.size": "recalled"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "left"),
+    [
+        ([], {*ASSUMED}),
+        (["train.seed=3", "optim.momentum=0.5"], {*ASSUMED}),
+        (["optim.lr=0.1"], {"optim.schedule", "views.plan.size"}),
+        (["optim.schedule.warmup_epochs=2", "optim.lr_scaling=linear"], {"optim.lr", "views.plan.size"}),
+        (["views.plan=[{name: teacher, size: 12}, {name: student, size: 12}]"], {"optim.lr", "optim.schedule"}),
+    ],
+)
+def test_what_the_user_chose_is_no_longer_assumed(tmp_path, overrides, left):
+    recipe = load_recipe(write(tmp_path, about={"assumptions": ASSUMED}), overrides)
+    assert set(recipe.about.assumptions) == left
+
+
+@pytest.mark.parametrize("key", ["optim.learning_rate", "views.plan.sizes", "lr", "method.temperature.start"])
+def test_an_assumption_about_what_is_not_there_is_refused(tmp_path, key):
+    with pytest.raises(ConfigError, match=f"about.assumptions says where {key} comes from, but this recipe has no"):
+        load_recipe(write(tmp_path, about={"assumptions": {key: "nowhere"}}))
+
+
 def test_absent_and_unreadable_files(tmp_path):
     with pytest.raises(InputError, match="cannot read"):
         load_recipe(tmp_path / "absent.yaml")

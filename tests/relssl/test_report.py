@@ -317,6 +317,15 @@ def test_a_paper_that_cannot_be_compared_is_marked(tmp_path, paper, protocol, re
     assert ["linear top-1", "–", "45.00", "–", "63.8 *", ""] in page.cells
 
 
+def test_settings_that_no_public_source_has_are_listed(tmp_path):
+    about = {**CONFIG["about"], "assumptions": {"optim.lr": "BYOL's", "method.beta": "a guess"}}
+    page = page_of(fake_run(tmp_path, config={**CONFIG, "about": about}))
+    assert ["optim.lr", "BYOL's"] in page.cells
+    assert ["method.beta", "a guess"] in page.cells
+    assert "Not comparable with the figures above: no public source has 2 of the recipe's settings." in page.text
+    assert "no public source has" not in page_of(fake_run(tmp_path)).text
+
+
 def test_large_pictures_are_made_smaller(tmp_path):
     folder = fake_run(tmp_path)
     noise = np.random.default_rng(0).integers(0, 256, (1500, 2600, 3), dtype=np.uint8)
