@@ -1,9 +1,9 @@
 """ReLICv2 (Tomasev et al., "Pushing the limits of self-supervised ResNets", arXiv:2201.05119): a reading of the paper.
 
-Its pre-training was never released. Where the paper is silent, BYOL's code, on which the released evaluation builds, is
-followed; `relssl.losses.relicv2` says how the objective is read.
+Its pre-training was never released. Where what is public of the paper is silent, BYOL's code, on which the released
+evaluation builds, is followed; `relssl.losses.relicv2` says how the objective is read. Recipes list what is assumed.
 
-    views: large (1 or more; paper 4) and small (any number; paper 2); large ones may have lost their background
+    views: large (1 or more) and small (any number); large ones may have lost their background
 
     o_i = predictor(projector(encoder(view i)))                      all views, one per forward
     t_j = target(view j)                                             large views; no gradient
@@ -35,7 +35,7 @@ from relssl.optim import cosine_ema
 
 
 class ReLICv2Config(base.MethodConfig):
-    """Head sizes and momentum are BYOL's; weights, temperature and negatives are not in any public source."""
+    """Head sizes and momentum are BYOL's; weights, temperature, negatives, stop-gradient are in no public source."""
 
     name: str = "relicv2"
     hidden_dim: int = Field(4096, gt=0, description="of projector and predictor")
