@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
@@ -39,10 +39,12 @@ CIFAR = ROOT / "benchmarks/results/cifar_table.json"
 # {"format": 1, "command", "hardware", "date", "rows": [{"recipe", "values": [top-1 per training seed], "train_seeds"}]}
 PAPER_ROWS = ROOT / "benchmarks/results/paper_rows.json"
 GOLDEN = ROOT / "tests/golden"
+METHODS_PAGE = ROOT / "docs/methods.md"
 
 SMOKE = "_cpu"  # recipes for minutes on two cores end in this
 MARGIN = 1.0  # points below the paper's figure that still count as its row
 COLUMNS = ("method", "paper", "L0", "L1", "two processes", "L2", "L3")
+OUT_OF_REACH = ("method", "published figure", "why it cannot be reproduced")  # the header of a table in METHODS_PAGE
 LEVEL_NAMES = {"W2": "two processes", "part": "a part"}  # L0 and L1 are called that
 
 
@@ -257,17 +259,33 @@ def facts_of(name: str) -> Facts:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A row of a paper that a recipe is for; `value` is top-1 in percent, None where no source has it."""
+    """A row of a paper that a recipe is for.
+
+    Attributes:
+        value: top-1 in percent, None where no source has it.
+        assumptions: keys of the recipe whose values no public source has.
+    """
 
     recipe: str
     row: str
     value: float | None
     source: str
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def is_assumed(self) -> bool:
+        """Whether the value itself is in no source that could be read."""
+        return self.source.startswith("assumption")
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Everything that the page is made from. `trained`: the methods here, and whether they train anything."""
+    """Everything that the page is made from.
+
+    Attributes:
+        trained: the methods here, and whether they train anything.
+        out_of_reach: by method, (published figure, why it cannot be reproduced from public sources).
+    """
 
     trained: Mapping[str, bool]
     head: Mapping[str, Any]
@@ -275,6 +293,7 @@ class Sources:
     cifar: Mapping[str, Any]
     paper_results: Mapping[str, Any]
     paper_rows: Sequence[PaperRow]
+    out_of_reach: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
 
     def of(self, method: str, level: str | None = None) -> list[Evidence]:
         return [test for test in self.tests if test.method == method and level in (None, test.level)]
@@ -285,7 +304,7 @@ def gather() -> Sources:
     names = sorted(method_names(), key=lambda name: (list(FACTS).index(name) if name in FACTS else len(FACTS), name))
     return Sources(
         {name: load_method(name).TRAINS for name in names},
-        head, tests, results(CIFAR), results(PAPER_ROWS), list(paper_rows()),
+        head, tests, results(CIFAR), results(PAPER_ROWS), list(paper_rows()), out_of_reach(),
     )  # fmt: skip
 
 
@@ -306,9 +325,18 @@ def results(path: Path) -> dict[str, Any]:
 def paper_rows() -> Iterator[PaperRow]:
     """The rows of papers that recipes name."""
     for name in recipes.list_recipes():
-        paper = yaml.safe_load(recipes.recipe_path(name).read_text(encoding="utf-8"))["about"].get("paper")
-        if paper:
-            yield PaperRow(name, paper["row"], paper.get("value"), paper["source"])
+        about = yaml.safe_load(recipes.recipe_path(name).read_text(encoding="utf-8"))["about"]
+        if paper := about.get("paper"):
+            assumed = tuple(about.get("assumptions", ()))
+            yield PaperRow(name, paper["row"], paper.get("value"), paper["source"], assumed)
+
+
+def out_of_reach() -> dict[str, list[tuple[str, str]]]:
+    """What METHODS_PAGE says of figures that cannot be reproduced, by method."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, figure, reason in rows_under(METHODS_PAGE.read_text(encoding="utf-8"), OUT_OF_REACH):
+        found.setdefault(name.strip("`"), []).append((figure, reason))
+    return found
 
 
 def run_tests() -> None:
@@ -391,8 +419,12 @@ def paper_cell(sources: Sources, name: str) -> str:
     rows = [row for row in sources.paper_rows if row.recipe.startswith(f"{name}/") and row.value is not None]
     measured = [row for row in rows if has_result(sources, row)]
     cells = [f"{row.value}: {reproduced(sources, row)}" for row in measured]
-    if missing := [str(row.value) for row in rows if row not in measured]:
-        cells.append(f"unmeasured; published {', '.join(missing)}")
+    missing = {
+        word: [str(row.value) for row in rows if row not in measured and row.is_assumed is assumed]
+        for word, assumed in (("published", False), ("recalled", True))
+    }
+    if told := [f"{word} {', '.join(values)}" for word, values in missing.items() if values]:
+        cells.append("; ".join(["unmeasured", *told]))
     return "; ".join(cells) if cells else "unmeasured; no figure found"
 
 
@@ -538,6 +570,10 @@ def _methods(sources: Sources) -> Iterator[str]:
         yield from _list("Ours differs from the original code on purpose:", facts.differs)
         yield from _list("CIFAR-10, top-1:", _cifar(sources, name))
         yield from _list("Published figures, top-1 in percent:", _paper(sources, name))
+        yield from _list(
+            "Published figures that cannot be reproduced from public sources ([methods.md](methods.md)):",
+            (f"{figure}: {reason}" for figure, reason in sources.out_of_reach.get(name, ())),
+        )
 
 
 def _compared(tests: Sequence[Evidence]) -> Iterator[str]:
@@ -609,8 +645,22 @@ def _paper(sources: Sources, name: str) -> list[str]:
         if row.value is not None
     ]
     if without := [row.recipe.partition("/")[2] for row in rows if row.value is None]:
-        lines.append(f"None was found in a source that could be read for {', '.join(f'`{name}`' for name in without)}.")
+        lines.append(f"None was found in a source that could be read for {_quoted(without)}.")
+    for keys, group in groupby(sorted(rows, key=_assumed), key=_assumed):
+        if keys:
+            names = [row.recipe.partition("/")[2] for row in group]
+            lines.append(
+                f"In no public source, and said in the recipe where it comes from: {_quoted(keys)} of {_quoted(names)}."
+            )
     return lines
+
+
+def _assumed(row: PaperRow) -> tuple[str, ...]:
+    return row.assumptions
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _to_come(sources: Sources) -> Iterator[str]:
@@ -660,15 +710,19 @@ def _count(number: int, what: str) -> str:
 
 def claims(page: str) -> dict[str, tuple[str, ...]]:
     """The table of methods of a page: method -> its other cells."""
-    lines = [line for line in page.splitlines() if line.startswith("| ")]
-    rows = [[cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")] for line in lines]
-    start = rows.index(list(COLUMNS)) if list(COLUMNS) in rows else len(rows)
-    found = {}
-    for name, *cells in rows[start + 1 :]:
-        if not name.startswith("["):
-            break
-        found[name[1:].partition("]")[0]] = tuple(cells)
-    return found
+    return {name[1:].partition("]")[0]: tuple(cells) for name, *cells in rows_under(page, COLUMNS)}
+
+
+def rows_under(page: str, header: Sequence[str]) -> list[list[str]]:
+    """The cells of each row of the table with this header; none where the page has no such table."""
+    lines = iter(page.splitlines())
+    if not any(_cells(line) == list(header) for line in lines):
+        return []
+    return [_cells(line) for line in takewhile(lambda line: line.startswith("|"), lines) if not line.startswith("|-")]
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")]
 
 
 def problems(page: str, sources: Sources, functions: Iterable[str], golden: Path = GOLDEN) -> list[str]:

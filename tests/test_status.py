@@ -203,6 +203,31 @@ def test_rows_of_papers_come_from_recipes() -> None:
     assert rows["ressl/imagenet_resnet50"].value == 69.9
     assert rows["ressl/cifar10_resnet18"].value is None
     assert "ressl/digits_demo" not in rows
+    assert rows["ressl/imagenet_resnet50"].assumptions == ()
+    assert "method.temperature" in rows["relicv2/imagenet_resnet50_1000ep"].assumptions
+
+
+def test_a_figure_that_is_recalled_is_not_called_published() -> None:
+    paper = [
+        PaperRow("ressl/a", "row a", 70.0, "the paper", ("optim.lr", "method.t")),
+        PaperRow("ressl/b", "row b", 80.0, "assumption: recalled", ("optim.lr", "method.t")),
+        PaperRow("ressl/c", "row c", None, "none"),
+    ]
+    assert cells(sources(paper_rows=paper))["L3"] == "unmeasured; published 70.0; recalled 80.0"
+    assert cells(sources(paper_rows=paper[1:]))["L3"] == "unmeasured; recalled 80.0"
+    page = status.render(sources(paper_rows=paper))
+    assert "row b: 80.0, unmeasured (`ressl/b`; source: assumption: recalled)" in page
+    assert "said in the recipe where it comes from: `optim.lr`, `method.t` of `a`, `b`." in page
+
+
+def test_figures_out_of_reach_are_those_of_the_page_on_methods() -> None:
+    found = status.out_of_reach()
+    assert found.keys() <= status.gather().trained.keys()
+    assert found["wcl"][0][0] == "ImageNet, linear 74.7"
+    assert "kNN multi-crop" in found["wcl"][0][1]
+    page = status.render(sources(out_of_reach={"ressl": [("99.9", "nobody knows how")], "wcl": found["wcl"]}))
+    assert "from public sources ([methods.md](methods.md)):\n\n- 99.9: nobody knows how\n" in page
+    assert "74.7" not in page
 
 
 def test_other_files_of_results_are_refused(tmp_path: Path) -> None:
