@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -46,6 +46,7 @@ from relssl.ops.precision import full_precision
 HEAD_FORMAT = 1
 TEST_BLOCK = 8_192
 
+InitStd = Annotated[float, Field(ge=0)] | Literal["haiku"] | None
 Batches = Iterable[tuple[Tensor, Tensor]]
 Progress = Callable[[dict[str, Any]], None]
 
@@ -69,8 +70,9 @@ class LinearProtocol(BaseModel):
     schedule: Literal["cosine", "multistep", "constant"] = "cosine"
     milestones: tuple[int, ...] = ()
     gamma: float = Field(default=0.1, gt=0, le=1)
-    # weights from N(0, init_std^2); None: PyTorch's default for weight and bias
-    init_std: float | None = Field(default=None, ge=0)
+    # weights from N(0, init_std^2); haiku: from N(0, 1 / D), cut at two standard deviations; None: PyTorch's default
+    # for weight and bias
+    init_std: InitStd = None
     zero_bias: bool = False
     # standardise: by mean and standard deviation of the training features
     normalise_features: Literal["none", "standardise"] = "none"
@@ -137,7 +139,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "nesterov": True,
         "epochs": 100,
         "batch_size": 1024,
-        "init_std": 2048**-0.5,  # Haiku's, but for its cut at two standard deviations
+        "init_std": "haiku",
         "zero_bias": True,
         "select": "last",
     },
@@ -401,10 +403,13 @@ def _initial_head(
     """Weight (C, D) and bias (C,) with gradient; drawn on the CPU, so equal on every device."""
     generator = _generator(seed, "init")
     bound = feature_dim**-0.5  # PyTorch's nn.Linear: weight and bias uniform in +-1/sqrt(D)
+    weight = torch.empty(num_classes, feature_dim, dtype=dtype)
     if protocol.init_std is None:
-        weight = torch.empty(num_classes, feature_dim, dtype=dtype).uniform_(-bound, bound, generator=generator)
+        weight.uniform_(-bound, bound, generator=generator)
+    elif protocol.init_std == "haiku":
+        torch.nn.init.trunc_normal_(weight, std=bound, a=-2 * bound, b=2 * bound, generator=generator)
     else:
-        weight = torch.empty(num_classes, feature_dim, dtype=dtype).normal_(0.0, protocol.init_std, generator=generator)
+        weight.normal_(0.0, protocol.init_std, generator=generator)
     bias = torch.zeros(num_classes, dtype=dtype)
     if not protocol.zero_bias:
         bias.uniform_(-bound, bound, generator=generator)

@@ -118,6 +118,19 @@ def test_initial_weights_follow_the_protocol():
     assert 0 < float(default.bias.abs().max()) <= bound
 
 
+@pytest.mark.parametrize("width", [512, 2048])
+def test_haikus_initial_weights_follow_the_width_of_the_features(width):
+    """hk.Linear: normal, of standard deviation 1 / sqrt(width), cut at twice that; a bias of zeros."""
+    labels = torch.arange(12) % NUM_CLASSES
+    data = torch.randn(12, width, generator=torch.Generator().manual_seed(0)), labels
+    still = linear_protocol("relicv2", lr=1e-30, lr_scaling="none", epochs=1, batch_size=16)
+    head = probe(still, train=data, test=data, feature_dim=width)
+    scaled = head.weight * width**0.5
+    assert 1.9 < float(scaled.abs().max()) < 2 + 1e-6
+    assert float(scaled.std()) == pytest.approx(0.880, abs=0.03)  # of a normal distribution that is cut at two
+    assert head.bias.abs().max() < 1e-20
+
+
 def test_the_seed_decides_everything_and_global_randomness_is_untouched():
     protocol = LinearProtocol(lr=0.3, epochs=3, batch_size=8)
     torch.manual_seed(1)
@@ -255,6 +268,8 @@ def test_a_changed_protocol_says_so():
         ("cached", {"epoch": 3}, "unknown setting of a linear protocol: 'epoch'; did you mean 'epochs'"),
         ("cached", {"epochs": 0}, "epochs: .*got 0"),
         ("cached", {"lr": "fast"}, "lr: .*got 'fast'"),
+        ("relicv2", {"init_std": -1}, "init_std.*: .*got -1"),
+        ("relicv2", {"init_std": "haikku"}, "init_std.*'haiku'"),
         ("cached", {"momentum": 0.0, "nesterov": True}, "nesterov"),
         ("cached", {"milestones": (3,)}, "milestones"),
         ("ressl_small_steps", {"milestones": (80, 60)}, "increase"),
