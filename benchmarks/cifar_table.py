@@ -96,10 +96,10 @@ def fill_cell(name: str, seed: int, data: Sequence[Path], out: Path, overrides: 
         [f"data.train={data[0]}", f"data.test={data[1]}", f"train.seed={seed}", *overrides],
     )
     file = out / "cells" / f"{name}-seed{seed}.json"
-    settings = recipe.model_dump(mode="json")
+    settings = recipe.model_dump(mode="json", exclude={"about"})  # what is told of a recipe does not change the cell
     if file.is_file():
         cell: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if cell["settings"] != settings:
+        if {key: value for key, value in cell["settings"].items() if key != "about"} != settings:
             raise ConfigError(f"{file} was made with another recipe; delete it and its run, or choose another --out")
         log.info("%s, seed %d: done on %s", name, seed, cell["date"])
         return cell
