@@ -176,6 +176,7 @@ def test_a_run_is_a_function_of_its_seed(name: str, data: Path, tmp_path: Path) 
         assert_equal_states(final_state(tmp_path / "a"), final_state(tmp_path / "c"))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +259,7 @@ def test_the_loss_is_wide_under_autocast(name: str, data: Path) -> None:
     assert loss.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_thirty_updates_under_bfloat16_stay_finite(name: str, data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(name, data, "train.precision=bf16", "train.epochs=10", "train.checkpoint.every_epochs=10")
     assert train(recipe, tmp_path / "run") == 0

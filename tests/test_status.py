@@ -433,6 +433,7 @@ def test_a_failed_test_is_written_and_told(files: Path, capsys: pytest.CaptureFi
     assert "**no**: 1 of 1 tests failed" in (files / "status.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_command_runs_the_tests_and_keeps_the_old_record_when_they_cannot_run(
     files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

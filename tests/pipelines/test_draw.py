@@ -147,6 +147,7 @@ def test_adding_an_op_leaves_earlier_draws_alone():
         assert (short.ops.order[:, :, 0] == long.ops.order[:, :, 0]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (32, 32), (50, 400)])
 def test_random_resized_crops_are_distributed_as_torchvisions(height, width):
     """Mean and standard deviation of area, log ratio and centre over 20,000 boxes, within 5 standard errors."""

@@ -219,6 +219,7 @@ def test_the_peak_is_that_of_the_dispatcher() -> None:
         assert measures.footprint(call, CPU).peak_bytes == pytest.approx(seen.peak, rel=0.05)
 
 
+@pytest.mark.slow
 def test_operators_that_compute_are_counted_once() -> None:
     x, weight = torch.rand(3, 4), torch.rand(5, 4)
 
@@ -249,6 +250,7 @@ def test_what_backward_keeps_counts_each_storage_once_and_no_parameter() -> None
 # -- turns and the rest of the step
 
 
+@pytest.mark.slow
 def test_turns_rotate_and_ratios_stand_in_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
     turns: list[str] = []
@@ -311,6 +313,7 @@ def test_a_large_backbone_is_timed_on_some_images_and_scaled(monkeypatch: pytest
 # -- the whole of it
 
 
+@pytest.mark.slow
 def test_a_run_gives_text_json_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = replace(CASES["relation-cat"], backbones=CASES["relation-cat"].backbones[:1])  # ResNet-56 takes seconds
     monkeypatch.setitem(loss_cases.CASES, "relation-cat", quick)

@@ -84,6 +84,7 @@ def assert_all_installed_took_part(certificate):
         assert took_part - {"matmul"} == {name for name in ENGINES if not is_absent(name)}
 
 
+@pytest.mark.slow
 def test_engines_and_colour_paths_pass(bench):
     for check in parity.CHECKS:
         check(bench)

@@ -440,6 +440,7 @@ def write_recipe(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_gives_table_json_and_picture(folder: Path, tmp_path: Path) -> None:
     before = os.sched_getaffinity(0), torch.get_num_threads()
     said: list[str] = []

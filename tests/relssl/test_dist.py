@@ -132,6 +132,7 @@ def _gradcheck_together(rank):
     return bool(torch.allclose(numeric, leaf.grad, atol=1e-6)) if rank == 0 else True
 
 
+@pytest.mark.slow
 def test_collectives_on_two_processes():
     results = run_ranks(_collectives, WORLD)
     rows = torch.arange(24).view(12, 2)

@@ -219,6 +219,7 @@ def test_channels_last_changes_the_layout_only(name, kind):
         torch.testing.assert_close(p.grad, grad, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_backbone_compiles_into_one_graph():
     net = set_norm(build_backbone("conv4"), "split(2)").double()
     x = torch.randn(4, 3, 16, 16, dtype=torch.float64)

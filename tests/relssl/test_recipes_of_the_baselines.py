@@ -45,6 +45,7 @@ def epochs_of(method: str, data: str, name: str) -> int:
     return 300 if data == "stl10" or (method == "relational" and data == "slimagenet") else 200
 
 
+@pytest.mark.slow
 def test_every_method_has_every_data_set() -> None:
     assert {tuple(split(name)[:2]) for name in NAMES} == {(method, data) for method in METHODS for data in DATA}
 

@@ -326,6 +326,7 @@ def test_settings_that_no_public_source_has_are_listed(tmp_path):
     assert "no public source has" not in page_of(fake_run(tmp_path)).text
 
 
+@pytest.mark.slow
 def test_large_pictures_are_made_smaller(tmp_path):
     folder = fake_run(tmp_path)
     noise = np.random.default_rng(0).integers(0, 256, (1500, 2600, 3), dtype=np.uint8)
