@@ -15,7 +15,7 @@ manifests without it, and versions that do not know it read manifests that have 
 million images 6.8 MB in the manifest and 5 MB in memory.
 
 `names` is such an entry, too: what the inputs were called (`n01440764/n01440764_10026.JPEG`), one per sample, so that a
-list of names can choose among them; `values` is base64 of a compressed JSON list, `crc32` that of what the base64 encodes.
+list of names can choose among them; `values` is base64 of a compressed JSON list, `crc32` that of the compressed list.
 
 With masks (see `beton_format`) a file has one field more, a manifest `mask_fingerprints` of the same form, and
 `sha256_payloads` covers each image's bytes followed by its mask's. Versions that do not know masks read such files as

@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from pipelines.errors import ConfigError, InputError
 from relssl.config import Recipe, read_yaml, recipe_from
 
@@ -26,6 +28,11 @@ RESUMABLE = (
     "eval",
 )
 RESULTS_FORMAT = 1
+# What tells one entry of results.json from another.
+_IDENTITY = (
+    *("evaluator", "weights", "epochs", "update", "protocol", "seeds"),
+    *("train", "test", "subset", "view", "data"),
+)
 
 
 class RunFolder:
@@ -127,15 +134,18 @@ class RunFolder:
         write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in kept))
 
     def add_result(self, entry: Mapping[str, Any]) -> None:
-        """Put an entry into results.json; an earlier one of the same protocol, weights and data is replaced."""
+        """Put an entry into results.json; an earlier one of the same protocol, weights and data is replaced.
+
+        Several evaluations may do so at once: each waits until the other has written.
+        """
 
         def key(e: Mapping[str, Any]) -> tuple[Any, ...]:
-            return tuple(
-                e.get(k) for k in ("evaluator", "weights", "epochs", "protocol", "seeds", "train", "test", "data")
-            )
+            return tuple(e.get(k) for k in _IDENTITY)
 
-        entries = [e for e in read_results(self.path) if key(e) != key(entry)] + [dict(entry)]
-        write_atomically(self.results, json.dumps({"format": RESULTS_FORMAT, "results": entries}, indent=1))
+        entry = json.loads(json.dumps(entry))  # what will be read back: lists, where tuples were
+        with FileLock(self.path / ".results.lock"):
+            entries = [e for e in read_results(self.path) if key(e) != key(entry)] + [entry]
+            write_atomically(self.results, json.dumps({"format": RESULTS_FORMAT, "results": entries}, indent=1))
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
