@@ -133,19 +133,23 @@ class RunFolder:
         kept = [record for record in self.read_metrics() if not past(record)]
         write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in kept))
 
-    def add_result(self, entry: Mapping[str, Any]) -> None:
+    def add_result(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         """Put an entry into results.json; an earlier one of the same protocol, weights and data is replaced.
 
         Several evaluations may do so at once: each waits until the other has written.
+
+        Returns:
+            The entry as it will be read.
         """
 
         def key(e: Mapping[str, Any]) -> tuple[Any, ...]:
             return tuple(e.get(k) for k in _IDENTITY)
 
-        entry = json.loads(json.dumps(entry))  # what will be read back: lists, where tuples were
+        added = json.loads(json.dumps(entry))  # lists, where tuples were
         with FileLock(self.path / ".results.lock"):
-            entries = [e for e in read_results(self.path) if key(e) != key(entry)] + [entry]
+            entries = [e for e in read_results(self.path) if key(e) != key(added)] + [added]
             write_atomically(self.results, json.dumps({"format": RESULTS_FORMAT, "results": entries}, indent=1))
+        return dict(added)
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

@@ -227,13 +227,18 @@ def _evaluate(
         typer.echo(_data(entries[0]))
         return Path(chosen.folder)
 
-    if follow is not None:
-        count = follow_run(follow, show, command=command_line())
-        typer.echo(f"{count} checkpoints evaluated")
-        folder = follow
-    else:
-        assert weights is not None
-        folder = show(open_weights(weights, random_init=random_init))
+    try:
+        if follow is None:
+            assert weights is not None
+            folder = show(open_weights(weights, random_init=random_init))
+        else:
+            count = follow_run(follow, show, command=command_line())
+            typer.echo(f"{count} checkpoints evaluated")
+            folder = follow
+    except KeyboardInterrupt:
+        left = "" if follow is None else "; the same command goes on with the checkpoints that are left"
+        typer.echo(f"relssl: interrupted; what was written before is kept{left}", err=True)
+        raise typer.Exit(130) from None
     typer.echo(f"results: {folder / 'results.json'}\nnext: relssl report {folder}")
 
 

@@ -48,7 +48,7 @@ def evaluate_finetune(
         results = []
         for seed in seeds:
             result = _finetune(task, settings, seed)
-            _save(task, result, settings, own, seed)
+            _save(task, result, settings, None if settings == own else settings.name, seed)
             results.append(result)
         return task.write(
             "finetune",
@@ -96,10 +96,10 @@ def _images(loader: ViewLoader) -> Iterable[tuple[Tensor, Tensor]]:
         yield view, batch.label
 
 
-def _save(task: Task, result: FinetuneResult, settings: FinetuneProtocol, own: FinetuneProtocol, seed: int) -> None:
+def _save(task: Task, result: FinetuneResult, settings: FinetuneProtocol, name: str | None, seed: int) -> None:
     """The backbone, and beside it its head."""
     weights = task.weights
-    place = task.place_for("finetuned", settings.name, own.name, seed)
+    place = task.place_for("finetuned", name, seed)
     save_backbone(place, result.backbone, weights.recipe, weights.epochs, origin="finetuned")
     save_head(
         place.with_name(place.name.replace("finetuned", "finetuned-head", 1)),

@@ -8,6 +8,7 @@ from typing import Any
 
 from relssl.evaluate.task import ALL, Portion, Task
 from relssl.evaluate.weights import Weights
+from relssl.evaluators.features import check_k
 from relssl.evaluators.knn import knn_accuracies, knn_protocol
 
 
@@ -39,6 +40,8 @@ def evaluate_knn(
         changes["temperature"] = temperature
     settings = knn_protocol(name, **changes)
     with Task(weights, train, test, device, view=recipe.knn_spec(), portion=portion) as task:
+        for each in settings.k:  # before the features are computed
+            check_k(each, len(task.sets["train"]))
         (train_x, train_y), (test_x, test_y) = task.features("train"), task.features("test")
         on_device = [x.to(task.device) for x in (train_x, train_y, test_x, test_y)]
         found = knn_accuracies(*on_device, protocol=settings, num_classes=task.num_classes)

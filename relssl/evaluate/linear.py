@@ -64,7 +64,7 @@ def evaluate_linear(
         for seed in seeds:
             result = _linear_probe(task, settings, seed)
             save_head(
-                task.place_for("head", settings.name, own.name, seed),
+                task.place_for("head", None if settings == own else settings.name, seed),
                 result,
                 classes=task.sets["train"].classes,
                 backbone=weights.recipe.backbone.name,

@@ -12,8 +12,8 @@ from torch import Tensor
 from pipelines.errors import ConfigError
 from relssl.evaluate.task import ALL, Portion, Task
 from relssl.evaluate.weights import Weights
-from relssl.evaluators.features import normalise, summarise, top_neighbours
-from relssl.evaluators.retrieval import RetrievalScores, retrieval_scores
+from relssl.evaluators.features import check_k, normalise, summarise, top_neighbours
+from relssl.evaluators.retrieval import RetrievalScores, check_relevant, retrieval_scores
 
 DEFAULT_K = (1, 5, 10)
 _NEIGHBOURS = 8
@@ -43,7 +43,9 @@ def evaluate_retrieval(
     if within and (train is not None or not portion.is_all):
         raise ConfigError("--within looks test images up among themselves; leave --train, --percent and --subset out")
     with Task(weights, train, test, device, portion=portion, trains=not within) as task:
-        (query_x, query_y), (gallery_x, gallery_y) = task.features("test"), task.features("test" if within else "train")
+        where = "test" if within else "train"
+        _check(task, where, k)
+        (query_x, query_y), (gallery_x, gallery_y) = task.features("test"), task.features(where)
         query_x, gallery_x = query_x.to(task.device), gallery_x.to(task.device)
         gallery = {} if within else {"gallery_x": gallery_x, "gallery_y": gallery_y}
         found = retrieval_scores(query_x, query_y, **gallery, k=k, class_names=task.sets["test"].classes)
@@ -52,6 +54,15 @@ def evaluate_retrieval(
             _draw(task, query_x, gallery_x, within, found, place, num_queries)
         protocol = {"name": "retrieval within the test images" if within else "retrieval", "k": list(k)}
         return task.write("retrieval", [], [], protocol, [], command, scores=as_scores(found))
+
+
+def _check(task: Task, where: str, k: Sequence[int]) -> None:
+    """What would be refused later, before the features are computed."""
+    within = where == "test"
+    for each in k:
+        check_k(each, len(task.sets[where]) - within)
+    asked, there = (torch.from_numpy(task.sets[name].labels) for name in ("test", where))
+    check_relevant(asked, there, within, task.sets["test"].classes)
 
 
 def as_scores(found: RetrievalScores) -> dict[str, Any]:

@@ -190,9 +190,13 @@ class Task:
             workers=data.workers,
         )
 
-    def place_for(self, kind: str, protocol: str, own_protocol: str, seed: int) -> Path:
+    def place_for(self, kind: str, protocol: str | None, seed: int) -> Path:
         """Where a file of one seed goes, such as `head-seed0.safetensors`. What differs from the recipe is in the name,
-        so that no evaluation overwrites the file of another."""
+        so that no evaluation overwrites the file of another.
+
+        Args:
+            protocol: its name; None for the recipe's own.
+        """
         weights = self.weights
         own_data = weights.recipe.data
         own_train = _short(own_data.probe or own_data.train)
@@ -200,7 +204,7 @@ class Task:
             kind,
             "" if weights.origin == "pretrained" else weights.origin,
             "" if weights.update is None else f"update{weights.update:08d}",
-            "" if protocol == own_protocol else protocol.replace(" (changed)", "-changed"),
+            "" if protocol is None else protocol.replace(" (changed)", "-changed"),
             "" if self.names["train"] == own_train else Path(self.names["train"]).stem,
             self.portion.tag,
             f"seed{seed}",
@@ -272,8 +276,7 @@ class Task:
             "date": now(),
             **more,
         }
-        RunFolder(self.weights.folder).add_result(entry)
-        return entry
+        return RunFolder(self.weights.folder).add_result(entry)
 
 
 def _short(place: str | Path | list[str]) -> str:

@@ -77,7 +77,7 @@ def retrieval_scores(
         check_same_width(gallery_x, query_x)
     for each in k:
         check_k(each, len(gallery_x) - alone)
-    _check_relevant(query_y, gallery_y, alone, class_names)
+    check_relevant(query_y, gallery_y, alone, class_names)
     queries, keys = normalise(query_x), normalise(gallery_x)
     precision = 0.0
     hits = dict.fromkeys(k, 0)
@@ -125,7 +125,8 @@ def _sorted_rows(x: Tensor) -> Tensor:
     return x.sort(dim=1).values
 
 
-def _check_relevant(query_y: Tensor, gallery_y: Tensor, alone: bool, class_names: Sequence[str] | None) -> None:
+def check_relevant(query_y: Tensor, gallery_y: Tensor, alone: bool, class_names: Sequence[str] | None) -> None:
+    """Raises InputError unless there is an image to find for every query; `alone`: among the other queries."""
     size = int(max(query_y.max(), gallery_y.max())) + 1
     in_gallery, asked = gallery_y.bincount(minlength=size), query_y.bincount(minlength=size)
     without = ((asked > 0) & (in_gallery < 1 + alone)).nonzero().squeeze(1).tolist()
