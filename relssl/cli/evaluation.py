@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -219,42 +219,53 @@ def _evaluate(
     other = None if recipe is None else load(recipe, None)
     from relssl.evaluate import evaluated_as, follow_run, open_weights
 
-    def show(chosen: Any) -> Path:
-        chosen = chosen if other is None else evaluated_as(chosen, other)
-        entries = evaluate(chosen)
-        for entry in entries:
-            typer.echo(_line(entry))
-        typer.echo(_data(entries[0]))
-        return Path(chosen.folder)
+    def entries_of(chosen: Any) -> list[dict[str, Any]]:
+        return evaluate(chosen if other is None else evaluated_as(chosen, other))
 
     try:
-        if follow is None:
-            assert weights is not None
-            folder = show(open_weights(weights, random_init=random_init))
-        else:
-            count = follow_run(follow, show, command=command_line())
+        if follow is not None:
+            count = follow_run(follow, lambda chosen: typer.echo(_found(entries_of(chosen))), command=command_line())
             typer.echo(f"{count} checkpoints evaluated")
-            folder = follow
+            _say_where(follow)
+            return
+        assert weights is not None
+        chosen = open_weights(weights, random_init=random_init)
+        show(entries_of(chosen), chosen.folder)
     except KeyboardInterrupt:
         left = "" if follow is None else "; the same command goes on with the checkpoints that are left"
         typer.echo(f"relssl: interrupted; what was written before is kept{left}", err=True)
         raise typer.Exit(130) from None
+
+
+def show(entries: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Print entries of results.json, the data behind them, and where it all is."""
+    typer.echo(f"{_found(entries)}\n{_data(entries[0])}")
+    _say_where(folder)
+
+
+def _say_where(folder: Path) -> None:
     typer.echo(f"results: {folder / 'results.json'}\nnext: relssl report {folder}")
 
 
-def _line(entry: dict[str, Any]) -> str:
-    """What was found, in one line."""
+def _found(entries: Sequence[dict[str, Any]]) -> str:
+    """What was found: in one line, or a line for each of several protocols on the same images."""
+    first = entries[0]
+    train = "" if first["num_train"] is None else f"{first['num_train']} train and "
+    checkpoint = "" if first["update"] is None else f" at update {first['update']}"
+    what = f"{first['evaluator']}, {first['weights']} {first['backbone']}{checkpoint}"
+    what += f", {train}{first['num_test']} test images"
+    if len(entries) == 1:
+        return f"{what}: {_scores(first)} ({first['protocol']['name']})"
+    return "\n".join([what, *(f"  {entry['protocol']['name']}: {_scores(entry)}" for entry in entries)])
+
+
+def _scores(entry: dict[str, Any]) -> str:
     scores = entry.get("scores") or {"top-1": entry["top1"], "top-5": entry["top5"]}
-    shown = ", ".join(f"{name} {_score(score)}" for name, score in scores.items())
-    train = "" if entry["num_train"] is None else f"{entry['num_train']} train and "
-    checkpoint = "" if entry["update"] is None else f" at update {entry['update']}"
-    return (
-        f"{entry['evaluator']}, {entry['weights']} {entry['backbone']}{checkpoint}, {train}{entry['num_test']} test "
-        f"images: {shown} ({entry['protocol']['name']})"
-    )
+    return ", ".join(f"{name} {score_text(score)}" for name, score in scores.items())
 
 
-def _score(score: dict[str, Any] | None) -> str:
+def score_text(score: dict[str, Any] | None) -> str:
+    """A score of results.json in words."""
     if score is None:
         return "-"
     spread = f" ± {score['std']:.2f} ({len(score['values'])} seeds)" if len(score["values"]) > 1 else ""
@@ -266,4 +277,5 @@ def _data(entry: dict[str, Any]) -> str:
     subset = "" if entry["subset"] is None else f" ({entry['subset']})"
     use = {"knn": "neighbours from", "retrieval": "gallery"}.get(entry["evaluator"], "trained on")
     trained = "" if entry["train"] is None else f"; {use} {entry['train']}{subset}"
-    return f"pre-trained on {entry['pretrained_on']}{trained}; tested on {entry['test']}"
+    picture = "" if entry.get("picture") is None else f"\npicture: {entry['picture']}"
+    return f"pre-trained on {entry['pretrained_on']}{trained}; tested on {entry['test']}{picture}"

@@ -131,7 +131,7 @@ def evaluate_heads(
             protocol,
             [about["seed"] for about in abouts],
             command,
-            **came_from,
+            came_from,
         )
 
 

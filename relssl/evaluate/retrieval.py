@@ -49,11 +49,13 @@ def evaluate_retrieval(
         query_x, gallery_x = query_x.to(task.device), gallery_x.to(task.device)
         gallery = {} if within else {"gallery_x": gallery_x, "gallery_y": gallery_y}
         found = retrieval_scores(query_x, query_y, **gallery, k=k, class_names=task.sets["test"].classes)
+        extra: dict[str, Any] = {"scores": as_scores(found)}
         if num_queries:
             place = sheet or weights.folder / _sheet_name(weights)
             _draw(task, query_x, gallery_x, within, found, place, num_queries)
+            extra["picture"] = str(place)
         protocol = {"name": "retrieval within the test images" if within else "retrieval", "k": list(k)}
-        return task.write("retrieval", [], [], protocol, [], command, scores=as_scores(found))
+        return task.write("retrieval", [], [], protocol, [], command, extra)
 
 
 def _check(task: Task, where: str, k: Sequence[int]) -> None:

@@ -246,9 +246,9 @@ class Task:
         protocol: dict[str, Any],
         seeds: list[int],
         command: str,
-        **more: Any,
+        extra: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Put an entry into results.json and return it; `more` are further items of it."""
+        """Add an entry to results.json and return it; `extra` goes into it as it is."""
         recipe = self.weights.recipe
         entry = {
             "evaluator": evaluator,
@@ -274,7 +274,7 @@ class Task:
             "train_seed": recipe.train.seed,
             "command": command,
             "date": now(),
-            **more,
+            **(extra or {}),
         }
         return RunFolder(self.weights.folder).add_result(entry)
 
