@@ -61,7 +61,7 @@ def evaluate_finetune(
 
 
 def _finetune(task: Task, settings: FinetuneProtocol, seed: int) -> FinetuneResult:
-    specs = task.training_views() if settings.augment else [task.view]
+    specs = task.training_views(settings.crop) if settings.augment else [task.view]
     backbone: Any = task.backbone.float()
     with (
         task.shuffled(specs, settings.batch_size, mix(seed, "finetune") >> 1, drop_last=settings.drop_last) as train,

@@ -162,7 +162,7 @@ def _linear_probe(task: Task, settings: LinearProtocol, seed: int) -> LinearResu
         cached = cached_batches(train_x, train_y, settings.batch_size, seed, drop_last=settings.drop_last)
         return _train_probe(task, cached, len(cached), test, settings, seed)
     with task.shuffled(
-        task.training_views(), settings.batch_size, mix(seed, "linear") >> 1, drop_last=settings.drop_last
+        task.training_views(settings.crop), settings.batch_size, mix(seed, "linear") >> 1, drop_last=settings.drop_last
     ) as loader:
 
         def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:

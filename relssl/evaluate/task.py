@@ -22,6 +22,7 @@ from pipelines.views import ViewSpec
 from relssl.encode import encode, feature_loader, frozen_copy
 from relssl.evaluate.weights import Weights
 from relssl.evaluators.features import summarise
+from relssl.evaluators.linear import Crop
 from relssl.runfolder import RunFolder, now
 
 log = logging.getLogger("relssl.evaluate")
@@ -160,18 +161,20 @@ class Task:
     def batch_size(self) -> int:
         return self.weights.recipe.eval.batch_size
 
-    def training_views(self) -> list[ViewSpec]:
-        """The augmented view that protocols train on: the recipe's, or what the papers' codes do where it has none."""
+    def training_views(self, crop: Crop) -> list[ViewSpec]:
+        """The augmented view that a protocol trains on: the recipe's plan, unless there is none or it crops as another
+        protocol does; then the protocol's crop, with its default scale, and flips."""
+        kind, other = ("random_resized", "byol") if crop == "torchvision" else ("byol", "random_resized")
         own = self.weights.recipe.linear_specs()
-        if own is not None:
+        if own is not None and all(spec.box_kind != other for spec in own):
             return own
         log.info(
-            "the recipe has no eval.linear.plan: training on random resized crops of %d pixels (scale 0.08 to 1) and "
-            "their mirror images",
+            "the recipe has no training views for this protocol: %s crops of %d pixels (scale 0.08 to 1) and flips",
+            "BYOL's random" if crop == "byol" else "random resized",
             self.view.size,
         )
-        box = {"random_resized": {"scale": (0.08, 1.0)}}
-        return [ViewSpec("image", self.view.size, box=box, flip=0.5, normalize=self.view.normalize)]
+        plain: dict[str, Any] = {"interpolation": "bicubic", "antialias": False} if crop == "byol" else {}
+        return [ViewSpec("image", self.view.size, box={kind: {}}, flip=0.5, normalize=self.view.normalize, **plain)]
 
     def shuffled(self, specs: list[ViewSpec], batch_size: int, seed: int, *, drop_last: bool) -> ViewLoader:
         """A loader of training views in an order of its own in every epoch; the caller closes it."""

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from pipelines.errors import ConfigError, InputError, RunError, unknown_name
 from relssl.evaluators.features import check_labels, full_precision
-from relssl.evaluators.linear import InitStd, Progress, initial_head, keyed_seed
+from relssl.evaluators.linear import Crop, InitStd, Progress, initial_head, keyed_seed
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -41,6 +41,7 @@ class FinetuneProtocol(BaseModel):
 
     name: str = "custom"
     augment: bool = True  # train on augmented views; False: on each image as it is tested
+    crop: Crop = "torchvision"  # of augmented views; byol: BYOL's, bicubic without antialiasing
     optimizer: Literal["sgd", "adam"] = "sgd"  # adam: betas 0.9 and 0.999, eps 1e-8; momentum is not used
     lr_backbone: float = Field(ge=0)
     lr_head: float = Field(ge=0)
@@ -115,6 +116,7 @@ FINETUNE_PROTOCOLS: dict[str, dict[str, Any]] = {
         "nesterov": True,
         "epochs": 100,
         "batch_size": 1024,
+        "crop": "byol",
         "drop_last": True,
         "init_std": "haiku",
         "zero_bias": True,

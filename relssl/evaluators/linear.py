@@ -46,6 +46,7 @@ from relssl.evaluators.features import check_features, check_labels, check_same_
 HEAD_FORMAT = 1
 TEST_BLOCK = 8_192
 
+Crop = Literal["torchvision", "byol"]
 InitStd = Annotated[float, Field(ge=0)] | Literal["haiku"] | None
 Batches = Iterable[tuple[Tensor, Tensor]]
 Progress = Callable[[dict[str, Any]], None]
@@ -58,6 +59,7 @@ class LinearProtocol(BaseModel):
 
     name: str = "custom"
     augment: bool = True  # features of fresh augmented views in every epoch; False: of each image once
+    crop: Crop = "torchvision"  # of augmented views; byol: BYOL's, bicubic without antialiasing
     optimizer: Literal["sgd", "adam"] = "sgd"  # adam: betas 0.9 and 0.999, eps 1e-8; momentum is not used
     lr: float = Field(gt=0)
     lr_scaling: Literal["none", "linear"] = "none"  # linear: lr x batch_size / 256
@@ -146,6 +148,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "nesterov": True,
         "epochs": 100,
         "batch_size": 1024,
+        "crop": "byol",
         "drop_last": True,  # the released code fills every batch, from the next epoch if need be
         "init_std": "haiku",
         "zero_bias": True,

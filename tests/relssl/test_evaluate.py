@@ -32,6 +32,8 @@ from relssl.evaluate import (
     open_weights,
 )
 from relssl.evaluate import follow as following
+from relssl.evaluate.task import Task
+from relssl.evaluators.finetune import finetune_protocol
 from relssl.report import write_report
 from relssl.runfolder import RunFolder, read_results
 from relssl.train import train
@@ -197,12 +199,37 @@ def test_an_interrupted_finetuning_leaves_nothing(run, monkeypatch, capsys):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("relssl")]
 
 
-def test_without_a_plan_the_papers_crops_are_taken(run, caplog):
+def views_of(run, **changes):
+    """The training views that a fine-tuning by `protocol` would have, with eval.linear.`plan`."""
+    weights = open_weights(run)
+    plan = changes.get("plan")
+    linear = weights.recipe.eval.linear.model_copy(update={"plan": plan})
+    section = weights.recipe.eval.model_copy(update={"linear": linear})
+    weights.recipe = weights.recipe.model_copy(update={"eval": section})
+    with Task(weights, None, None, "cpu") as task:
+        (spec,) = task.training_views(finetune_protocol(changes["protocol"]).crop)
+        return spec
+
+
+def test_training_views_are_the_recipes_or_the_protocols(run):
+    plan = [{"size": 10, "flip": 0.1}]
+    assert (views_of(run, protocol="resa", plan=plan).size, views_of(run, protocol="resa", plan=plan).flip) == (10, 0.1)
+    spec = views_of(run, protocol="resa")
+    assert (spec.size, spec.box_kind, spec.box_options["scale"], spec.flip) == (12, "random_resized", (0.08, 1.0), 0.5)
+    assert (spec.interpolation, spec.antialias) == ("bilinear", True)
+    for other in (plan, None):
+        spec = views_of(run, protocol="relicv2", plan=other)
+        assert (spec.size, spec.box_kind, spec.interpolation, spec.antialias) == (12, "byol", "bicubic", False)
+    padded = [{"size": 12, "box": {"pad_crop": {"padding": 2}}}]
+    assert views_of(run, protocol="relicv2", plan=padded).box_kind == "pad_crop"
+
+
+def test_without_training_views_images_are_as_they_are_tested(run, caplog):
     with caplog.at_level("INFO", logger="relssl.evaluate"):
         finetune(run)
-        assert "the recipe has no eval.linear.plan: training on random resized crops of 12 pixels" in caplog.text
+        assert "the recipe has no training views for this protocol: random resized crops of 12 pixels" in caplog.text
         caplog.clear()
-        finetune(run, protocol="relational")  # not augmented
+        finetune(run, protocol="relational")
         assert "crops" not in caplog.text
 
 
