@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from relssl.evaluate.task import Task
 from relssl.evaluators.finetune import finetune_protocol
 from relssl.report import write_report
 from relssl.runfolder import RunFolder, read_results
-from relssl.train import train
+from relssl.train import _claimed, train
 from tests.relssl import tiny
 
 QUICK = {"epochs": 2, "batch_size": 16}
@@ -446,12 +447,21 @@ def test_a_run_is_followed_by_its_command(run, capsys):
     assert "3 checkpoints evaluated" in text
 
 
-def test_a_trainer_bears_being_looked_at(run, trained):
-    """A look holds the run's lock for a moment; a trainer that starts just then does not give up."""
+def test_whether_a_run_is_in_training(run):
     assert not following._is_in_training(run)
     with FileLock(run / ".lock"):
         assert following._is_in_training(run)
     assert not following._is_in_training(run.parent)  # nothing to hold
+
+
+def test_a_trainer_bears_being_looked_at(run, monkeypatch):
+    """A look holds the run's lock for a moment; a trainer that starts just then tries again."""
+    look = FileLock(run / ".lock")
+    look.acquire()
+    monkeypatch.setattr(time, "sleep", lambda seconds: look.release())
+    folder = RunFolder(run)
+    with _claimed(folder, folder.recipe(), resume=True):
+        assert following._is_in_training(run)
 
 
 # -- results.json
