@@ -107,7 +107,7 @@ def fill_cell(name: str, seed: int, data: Sequence[Path], out: Path, overrides: 
     if train(recipe, run, resume=True, command="make cifar-table"):
         return None
     weights = open_weights(run)
-    knn = evaluate_knn(weights, command="make cifar-table")
+    (knn,) = evaluate_knn(weights, command="make cifar-table")
     linear = evaluate_linear(weights, command="make cifar-table")
     cell = {
         "method": name,

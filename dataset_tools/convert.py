@@ -148,6 +148,7 @@ def convert(
                 classes=classes,
                 about=run.about,
                 masks=masks is not None,
+                names=run.names,
                 force=force,
             )
         finally:
@@ -350,6 +351,7 @@ class _Run:
     masks: MaskFolder | None = None
     stats: ChannelStats = field(default_factory=ChannelStats)
     details: list[list[str]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     taken: int = 0
     size: int = 0
 
@@ -388,6 +390,7 @@ class _Run:
                 self.stats.add(index, image_moments)
             self.done.notes.update(notes)
             self.done.images += 1
+            self.names.append(str(key))
             self.size += len(payload) if isinstance(payload, bytes) else payload.nbytes
             yield (payload, label) if mask is None else (payload, label, self._mask(key, mask))
         if self.progress is not None:

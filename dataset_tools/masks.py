@@ -85,6 +85,7 @@ def add_masks(
                 classes=file.classes,
                 about=lambda: {**about, "masks": count.about()},
                 masks=True,
+                names=file.names,
                 force=force,
             )
         finally:

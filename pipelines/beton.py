@@ -75,10 +75,11 @@ class Beton:
 
     Attributes: `path`; `labels` (N,) int64, -1 = none; `heights`, `widths` (N,) int32; `is_jpeg` (N,) bool,
     False = raw RGB pixels; `offsets`, `sizes` (N,) int64, where the payloads lie in the file; `data`, the bytes of
-    the file, read when they are sliced; `manifest` without its fingerprints, `classes`, `content_hash`, None where
-    the file has no manifest; `fingerprints` (N,) uint32, None where the manifest has none; `fields`, the names of
-    its fields; `has_masks`, whether there is a mask to every image. Raises InputError when the file is absent,
-    damaged, or does not belong to its manifest.
+    the file, read when they are sliced; `manifest` without its fingerprints and names, `classes`, `content_hash`, None
+    where the file has no manifest; `fingerprints` (N,) uint32, None where the manifest has none; `names`, what the
+    images were called before they were converted, None where the manifest has none; `fields`, the names of its fields;
+    `has_masks`, whether there is a mask to every image. Raises InputError when the file is absent, damaged, or does
+    not belong to its manifest.
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -90,6 +91,7 @@ class Beton:
             count, sidecar = len(tables.labels), manifest_path(self.path)
             self.fingerprints = _take_fingerprints(self.manifest, "fingerprints", count, sidecar)
             self._mask_fingerprints = _take_fingerprints(self.manifest, "mask_fingerprints", count, sidecar)
+            self._packed_names = self.manifest.pop("names", None) if self.manifest else None
         except BaseException:
             self.data.close()
             raise
@@ -114,6 +116,11 @@ class Beton:
     @property
     def content_hash(self) -> str | None:
         return self.manifest["content_hash"] if self.manifest else None
+
+    @property
+    def names(self) -> list[str] | None:
+        """Unpacked at each call: few readers want them, and those of a million images take 100 MB."""
+        return None if self._packed_names is None else _unpacked_names(self._packed_names, len(self), self.path)
 
     def payload(self, i: int) -> np.ndarray:
         """The stored bytes of sample i, JPEG or raw by `is_jpeg[i]`: 1-D uint8, the caller's own.
@@ -275,7 +282,7 @@ class BetonSet:
     The same attributes and methods as `Beton`, with `paths` and `files` (the `Beton` objects) instead of
     `path` and `data`; `starts` (F+1,) int64 holds the offsets. `manifest` is that of a single file and None
     for several; `classes` are those of the files that have labels, which must agree. `content_hash` is None
-    unless every file has one. `has_masks` is True when every file has masks.
+    unless every file has one, and so are `names`. `has_masks` is True when every file has masks.
     """
 
     def __init__(self, files: Sequence[Beton]) -> None:
@@ -312,6 +319,11 @@ class BetonSet:
             return hashes[0]
         known = [value for value in hashes if value is not None]
         return hashlib.sha256(" ".join(known).encode()).hexdigest() if len(known) == len(hashes) else None
+
+    @property
+    def names(self) -> list[str] | None:
+        parts = [file.names for file in self.files]
+        return None if None in parts else [name for part in parts for name in part or []]
 
     def locate(self, i: int) -> tuple[Beton, int]:
         """The file that holds sample i, and its id there."""
@@ -488,14 +500,33 @@ def _take_fingerprints(manifest: Manifest | None, key: str, count: int, sidecar:
     if entry is None:
         return None
     try:
-        packed = base64.b64decode(entry["values"])
-        if zlib.crc32(packed) != entry["crc32"] or len(packed) != 4 * count:
+        packed = _unpacked(entry)
+        if len(packed) != 4 * count:
             raise ValueError("damaged")
     except (KeyError, TypeError, ValueError):
-        raise InputError(
-            f"{sidecar}: its {key.replace('_', ' ')} are damaged; restore it, or delete the entry: it is optional"
-        ) from None
+        raise _damaged(key.replace("_", " "), sidecar) from None
     return np.frombuffer(packed, "<u4").astype(np.uint32)
+
+
+def _unpacked_names(entry: Any, count: int, path: Path) -> list[str]:
+    try:
+        names = json.loads(zlib.decompress(_unpacked(entry)))
+        if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
+            raise ValueError("damaged")
+    except (KeyError, TypeError, ValueError, zlib.error):
+        raise _damaged("names", manifest_path(path)) from None
+    return names
+
+
+def _unpacked(entry: Any) -> bytes:
+    content = base64.b64decode(entry["values"])
+    if zlib.crc32(content) != entry["crc32"]:
+        raise ValueError("damaged")
+    return content
+
+
+def _damaged(what: str, sidecar: Path) -> InputError:
+    return InputError(f"{sidecar}: its {what} are damaged; restore it, or delete the entry: it is optional")
 
 
 def _common_classes(files: list[Beton]) -> list[str] | None:

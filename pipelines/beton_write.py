@@ -14,6 +14,9 @@ manifests without it, and versions that do not know it read manifests that have 
 `values`, base64 of one little-endian uint32 per sample, and `crc32`, the CRC-32 of what that encodes: for 1.28
 million images 6.8 MB in the manifest and 5 MB in memory.
 
+`names` is such an entry, too: what the inputs were called (`n01440764/n01440764_10026.JPEG`), one per sample, so that a
+list of names can choose among them; `values` is base64 of a compressed JSON list, `crc32` that of the compressed list.
+
 With masks (see `beton_format`) a file has one field more, a manifest `mask_fingerprints` of the same form, and
 `sha256_payloads` covers each image's bytes followed by its mask's. Versions that do not know masks read such files as
 if they had none; their `verify` finds another hash. Files without masks are what they were, to the byte.
@@ -30,7 +33,7 @@ import json
 import os
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from io import BufferedRandom, FileIO
 from pathlib import Path
 from typing import Any
@@ -69,6 +72,7 @@ def write(
     classes: list[str] | None = None,
     about: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     masks: bool = False,
+    names: Sequence[str] | None = None,
     force: bool = False,
 ) -> Manifest:
     """Write (image, label) pairs, in their order, to `path` and its manifest to `<path>.json`.
@@ -77,7 +81,8 @@ def write(
     (H, W, 3) uint8, stored raw. A label is an int >= 0, or None for none (stored as -1). With `masks`, samples
     are (image, label, mask): mask (128, 128) bool, True where the image, stretched to this square, is foreground.
     `count`, where known, saves moving data. `about` adds entries to the manifest; a callable is asked once all
-    samples have been taken. Returns the manifest.
+    samples have been taken. `names`: what each sample is called, read once all samples have been taken. Returns the
+    manifest.
 
     Raises ConfigError when `path` exists and `force` is not set, or its folder is missing; InputError for an
     image or label that cannot be stored, or when there are no samples; RunError when the disk is full. In
@@ -95,7 +100,7 @@ def write(
             raise InputError(f"{path}: there are no samples to write")
         writer.finish()
         entries = dict(about() if callable(about) else about or {})
-        manifest = _manifest(path, writer, classes, entries)
+        manifest = _manifest(path, writer, classes, entries, names)
         _publish(path, file, manifest)
     return manifest
 
@@ -312,7 +317,9 @@ def hash_of_content(tables_hash: str, payload_hash: str) -> str:
     return hashlib.sha256(f"{tables_hash} {payload_hash}".encode()).hexdigest()
 
 
-def _manifest(path: Path, writer: _Writer, classes: list[str] | None, about: dict[str, Any]) -> Manifest:
+def _manifest(
+    path: Path, writer: _Writer, classes: list[str] | None, about: dict[str, Any], names: Sequence[str] | None
+) -> Manifest:
     shapes, jpegs, count = writer.shapes, writer.jpegs, writer.count
     payload_hash = writer.payload_hash.hexdigest()
     manifest = {
@@ -335,11 +342,15 @@ def _manifest(path: Path, writer: _Writer, classes: list[str] | None, about: dic
     }
     if writer.mask_fingerprints is not None:
         manifest["mask_fingerprints"] = _packed(writer.mask_fingerprints)
+    if names is not None:
+        if len(names) != count:
+            raise ValueError(f"{path}: {len(names)} names for {count} samples")
+        manifest["names"] = _packed(zlib.compress(json.dumps(list(names), ensure_ascii=False).encode()))
     return manifest
 
 
-def _packed(fingerprints: bytes) -> dict[str, Any]:
-    return {"crc32": zlib.crc32(fingerprints), "values": base64.b64encode(fingerprints).decode("ascii")}
+def _packed(content: bytes) -> dict[str, Any]:
+    return {"crc32": zlib.crc32(content), "values": base64.b64encode(content).decode("ascii")}
 
 
 def _partial(path: Path) -> Path:

@@ -1,10 +1,20 @@
-"""Some images of a data set, in a given order, with the interface of a `BetonSet`."""
+"""Some images of a data set, in a given order, with the interface of a `BetonSet`; three ways to choose them."""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pipelines.draw import counter_hash
+from pipelines.errors import ConfigError, InputError
+
+_BALANCED = 0x62616C61  # keeps the numbers that choose images apart from those of views and orders
+_SHOWN = 3
 
 
 class Subset:
@@ -20,6 +30,12 @@ class Subset:
         self.heights, self.widths = files.heights[self.ids], files.widths[self.ids]
         self.is_jpeg = files.is_jpeg[self.ids]
         self.classes, self.has_masks = files.classes, files.has_masks
+
+    @property
+    def names(self) -> list[str] | None:
+        """As those of a `BetonSet`."""
+        names = self.files.names
+        return None if names is None else [names[i] for i in self.ids.tolist()]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,3 +62,115 @@ def spread(files: Any, most: int) -> Any:
     if len(files) <= most:
         return files
     return Subset(files, np.arange(most, dtype=np.int64) * len(files) // most)
+
+
+def listed(files: Any, path: Path) -> Subset:
+    """The images that a text file names, one per line, as the published 1 % and 10 % lists of ImageNet do.
+
+    A line is the name that an image had when it was converted (`n01440764/n01440764_10026.JPEG`), or the last part of
+    it where only one image has that. Empty lines and lines that begin with # are skipped. The images come in the order
+    of the file, whatever that of the list.
+
+    Raises:
+        InputError: the list cannot be read, is empty, names an image twice, one that is not there, or one of several;
+            or the images have no names.
+    """
+    wanted = _read_list(path)
+    names = files.names
+    where = _place(files)
+    if names is None:
+        raise InputError(
+            f"{path} chooses images by name, but {where} does not say what its images were called: it was converted "
+            f"before names were kept, or not by relssl. Convert it again; or convert the list itself, and use that "
+            f"file whole: relssl convert {path} SUBSET.beton --root FOLDER"
+        )
+    whole: dict[str, list[int]] = {name: [] for name in wanted}
+    last_part: dict[str, list[int]] = {name: [] for name in wanted}
+    for i, name in enumerate(names):
+        if name in whole:
+            whole[name].append(i)
+        if (last := os.path.basename(name)) in last_part:
+            last_part[last].append(i)
+    places = {name: whole[name] or last_part[name] for name in wanted}
+    absent = [name for name, found in places.items() if not found]
+    if absent:
+        raise InputError(
+            f"{path}: {len(absent)} of the {len(wanted)} images that it names are not in {where}: {_some(absent)}. "
+            f"Names there look like {names[0]!r}"
+        )
+    unclear = [name for name, found in places.items() if len(found) > 1]
+    if unclear:
+        raise InputError(f"{path}: several images in {where} have the name {_some(unclear)}; write their folders, too")
+    ids = np.unique([found[0] for found in places.values()])
+    if len(ids) < len(wanted):
+        raise InputError(f"{path}: {len(wanted) - len(ids)} images stand in it twice, with their folder and without")
+    return Subset(files, ids)
+
+
+def balanced(files: Any, percent: float, seed: int) -> Any:
+    """`percent` of the images of a labelled data set, equally many of each class, drawn by `seed`.
+
+    What does not divide among the classes goes to some of them, one image each. A larger percentage holds the images of
+    a smaller one. 100 is the whole data set, balanced or not.
+
+    Raises:
+        ConfigError: not a percentage, or so few that a class would be without an image.
+        InputError: images without labels, or a class with fewer images than its share.
+    """
+    if not 0 < percent <= 100:
+        raise ConfigError(f"a percentage is above 0 and at most 100, got {percent:g}")
+    if percent == 100:
+        return files
+    labels = files.labels
+    if (labels < 0).any():
+        raise InputError(
+            f"{_place(files)}: {int((labels < 0).sum())} of {len(labels)} images have no label, so a share of each "
+            "class cannot be drawn; give labelled data"
+        )
+    classes, counts = np.unique(labels, return_counts=True)
+    total = round(len(labels) * percent / 100)
+    each, rest = divmod(total, len(classes))
+    if each == 0:
+        raise ConfigError(
+            f"{percent:g} % of {len(labels)} images are {total}, fewer than the {len(classes)} classes: a class would "
+            f"be without an image. Take at least {100 * len(classes) / len(labels):.3g} %"
+        )
+    shares = np.full(len(classes), each)
+    shares[np.argsort(counter_hash(seed, 1, _BALANCED, classes.astype(np.uint64)), kind="stable")[:rest]] += 1
+    if (counts < shares).any():
+        least = int(np.argmin(counts))
+        name = files.classes[classes[least]] if files.classes else str(classes[least])
+        raise InputError(
+            f"{percent:g} % of {_place(files)} in equal parts are {each + (rest > 0)} images of each class, but class "
+            f"{name} has {counts[least]}. Take a smaller percentage, or choose the images with --subset LIST"
+        )
+    ranks = counter_hash(seed, 0, _BALANCED, np.arange(len(labels), dtype=np.uint64))
+    chosen = []
+    for label, share in zip(classes, shares, strict=True):
+        mine = np.flatnonzero(labels == label)
+        chosen.append(mine[np.argsort(ranks[mine], kind="stable")[:share]])
+    return Subset(files, np.sort(np.concatenate(chosen)))
+
+
+def _read_list(path: Path) -> dict[str, None]:
+    """The names of a list, in its order."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a list of images, one name per line: {error}") from error
+    names = [line for line in lines if line and not line.startswith("#")]
+    if not names:
+        raise InputError(f"{path}: the list is empty; expected the name of an image per line")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise InputError(f"{path}: {len(twice)} names stand in it more than once: {_some(twice)}")
+    return dict.fromkeys(names)
+
+
+def _place(files: Any) -> str:
+    paths = getattr(files, "paths", None) or getattr(getattr(files, "files", None), "paths", None) or []
+    return " + ".join(str(path) for path in paths) or "the data"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > _SHOWN else "")

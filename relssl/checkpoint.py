@@ -28,6 +28,7 @@ from pipelines.errors import InputError
 FORMAT = 1
 _COMPLETE = "COMPLETE"
 _TEMPORARY = ".writing-"
+_PREFIX = "update-"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def save(folder: Path, saved: Saved, *, keep: int) -> Path:
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"update-{saved.position.total:08d}"
+    target = folder / f"{_PREFIX}{saved.position.total:08d}"
     if _is_whole(target):  # the same position again, as after a resume that had nothing left to do
         return target
     work = folder / f"{_TEMPORARY}{target.name}"
@@ -81,7 +82,7 @@ def save(folder: Path, saved: Saved, *, keep: int) -> Path:
     for old in list_checkpoints(folder)[:-keep]:
         (old / _COMPLETE).unlink()  # first: a removal that is cut short leaves nothing that looks whole
     for rest in folder.iterdir():
-        if rest.name.startswith((_TEMPORARY, "update-")) and not _is_complete(rest):
+        if rest.name.startswith((_TEMPORARY, _PREFIX)) and not is_complete(rest):
             shutil.rmtree(rest, ignore_errors=True)
     return target
 
@@ -90,7 +91,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.name.startswith("update-") and _is_complete(path))
+    return sorted(path for path in folder.iterdir() if path.name.startswith(_PREFIX) and is_complete(path))
+
+
+def update_of(path: Path) -> int:
+    """How many updates a checkpoint is from the start of its run."""
+    return int(path.name.removeprefix(_PREFIX))
 
 
 def load(path: Path) -> Saved:
@@ -166,7 +172,8 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
 
 
-def _is_complete(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
+    """Whether a checkpoint was written to its end and has not been deleted."""
     return (path / _COMPLETE).is_file()
 
 

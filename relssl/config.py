@@ -189,15 +189,55 @@ class Train(Section):
     checkpoint: Checkpointing = Checkpointing()
 
 
-class OnlineKnn(Section):
+class OnlineMeasure(Section):
+    """One evaluator that runs while training."""
+
+    every_epochs: int | None = Field(None, gt=0, description="eval.online.every_epochs when absent")
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="knn: k, temperature; linear: settings of the protocol `cached`; retrieval: k",
+    )
+
+
+class OnlineMeasures(Section):
+    """What runs while training; a list of names stands for their defaults."""
+
+    knn: OnlineMeasure | None = None
+    linear: OnlineMeasure | None = None
+    retrieval: OnlineMeasure | None = None
+    label_free: OnlineMeasure | None = None
+
+    def chosen(self) -> dict[str, OnlineMeasure]:
+        """Those that were asked for, by name."""
+        return {name: measure for name in type(self).model_fields if (measure := getattr(self, name)) is not None}
+
+
+class Online(Section):
+    """Evaluation inside training. Without labels, label-free measures take the place of those that need them."""
+
     every_epochs: int = Field(10, gt=0)
-    num_train: int = Field(10_000, gt=0, description="labelled images used as neighbours, at most")
+    num_train: int = Field(10_000, gt=0, description="labelled images to look neighbours up in or to train on, at most")
     num_test: int = Field(10_000, gt=0)
+    evaluators: OnlineMeasures = OnlineMeasures(knn=OnlineMeasure())
+
+    @field_validator("evaluators", mode="before")
+    @classmethod
+    def _names_or_sections(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            for name in value:
+                if name not in OnlineMeasures.model_fields:
+                    raise ValueError(unknown_name("evaluator", name, OnlineMeasures.model_fields))
+            return {name: {} for name in value}
+        return value
 
 
 class Knn(Section):
+    """`k` and `temperature` hold while training and where no protocol is named."""
+
     k: int = Field(20, gt=0)
     temperature: float = Field(0.07, gt=0)
+    protocol: str | None = Field(None, description="a named one of `relssl.evaluators.knn`, for `relssl eval knn`")
+    view: dict[str, Any] | None = Field(None, description="the un-augmented view for kNN; eval.view when absent")
 
 
 class Linear(Section):
@@ -209,12 +249,21 @@ class Linear(Section):
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
 
 
+class Finetune(Section):
+    """A named protocol of `relssl.evaluators.finetune` and fields of it that differ; views are those of `linear`."""
+
+    protocol: str = "plain"
+    options: dict[str, Any] = Field(default_factory=dict)
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+
+
 class Eval(Section):
     view: dict[str, Any] = Field(description="the un-augmented view: size and box")
     batch_size: int = Field(512, gt=0)
-    online: OnlineKnn | None = OnlineKnn()
+    online: Online | None = Online()
     knn: Knn = Knn()
     linear: Linear = Linear()
+    finetune: Finetune = Finetune()
 
 
 class Recipe(Section):
@@ -238,6 +287,7 @@ class Recipe(Section):
             raise ValueError("method needs a name")
         self._check_assumptions()
         self.eval_spec()
+        self.knn_spec()
         for values in self.eval.linear.plan or []:
             self.views.spec({"name": "train", **values})
         if self.optim.schedule.warmup_epochs > self.train.epochs and self.optim.schedule.name == "warmup_cosine":
@@ -272,6 +322,10 @@ class Recipe(Section):
         """The un-augmented view of an image."""
         return self.views.spec({"name": "image", **self.eval.view})
 
+    def knn_spec(self) -> ViewSpec:
+        """The un-augmented view of an image for `relssl eval knn`."""
+        return self.views.spec({"name": "image", **(self.eval.knn.view or self.eval.view)})
+
     def linear_specs(self) -> list[ViewSpec] | None:
         """Training views of the linear probe; None when features are extracted once."""
         plan = self.eval.linear.plan
@@ -293,6 +347,8 @@ class Recipe(Section):
     def check(self) -> None:
         """Everything that can be checked without data, down to building the method without memory."""
         from relssl.build import check_buildable
+        from relssl.evaluators.finetune import finetune_protocol
+        from relssl.evaluators.knn import knn_protocol
         from relssl.evaluators.linear import linear_protocol
         from relssl.methods import load_method
         from relssl.methods.base import check_plan
@@ -307,6 +363,11 @@ class Recipe(Section):
         if self.train.num_micro > 1:
             self._check_accumulation(method.ACCUMULATION)
         linear_protocol(self.eval.linear.protocol, **self.eval.linear.options)
+        finetune_protocol(self.eval.finetune.protocol, **self.eval.finetune.options)
+        if self.eval.knn.protocol is not None:
+            knn_protocol(self.eval.knn.protocol)
+        if self.eval.online is not None:
+            check_online(self.eval.online)
         check_buildable(self)
 
     def _check_accumulation(self, kind: str) -> None:
@@ -327,6 +388,25 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def check_online(online: Online) -> None:
+    """Whether the options of the evaluators that run while training are theirs.
+
+    Raises:
+        ConfigError: an unknown option, or a value that cannot be.
+    """
+    from relssl.evaluators.linear import linear_protocol
+
+    known = {"knn": ("k", "temperature"), "retrieval": ("k",), "label_free": ()}
+    for name, measure in online.evaluators.chosen().items():
+        if name == "linear":
+            linear_protocol("cached", **measure.options)
+            continue
+        for key in measure.options:
+            if key not in known[name]:
+                what = f"option of eval.online.evaluators.{name}"
+                raise ConfigError(unknown_name(what, key, known[name]) if known[name] else f"unknown {what}: {key!r}")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -35,7 +35,7 @@ PICTURE_BUDGETS = (
     80_000,
 )  # characters per picture; the next is tried when a page comes out too large
 TEXT_LIMIT = 60_000
-DISPLAY = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuning"}
+DISPLAY = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuning", "retrieval": "retrieval"}
 METHODS = {"ressl": "ReSSL", "wcl": "WCL", "relicv2": "ReLICv2", "resa": "ReSA", "simclr": "SimCLR"}
 PARTS = ("wait", "forward", "backward", "optimizer", "evaluate", "other")
 PLAIN_KEYS = {"kind", "update", "epoch", "loss", "lr", "images_per_second", "seconds", "unreadable_images"}
@@ -197,7 +197,8 @@ class _Measure:
     entries: dict[str, Mapping[str, Any]]
 
     def accuracy(self, weights: str, which: str) -> Mapping[str, Any] | None:
-        value = self.entries.get(weights, {}).get(which)
+        entry = self.entries.get(weights, {})
+        value = entry.get(which) or _scores(entry).get(which)
         return value if isinstance(value, Mapping) and _number(value.get("mean")) is not None else None
 
     @property
@@ -207,14 +208,13 @@ class _Measure:
 
 def _measures(results: Iterable[Mapping[str, Any]]) -> list[_Measure]:
     groups: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
-    for entry in results:
-        key: tuple[str, ...] = (
-            str(entry.get("evaluator")),
-            _protocol_name(entry),
-            str(entry.get("train")),
-            str(entry.get("test")),
-        )
-        groups.setdefault(key, {})[str(entry.get("weights"))] = entry
+    # of checkpoints only the newest counts, and only where nobody has evaluated what the run ended with
+    for entry in sorted(results, key=lambda entry: _number(entry.get("update")) or math.inf):
+        weights, protocol = str(entry.get("weights")), _protocol_name(entry)
+        if weights == "finetuned":
+            weights, protocol = "pretrained", f"{protocol}, fine-tuned weights"
+        key = (str(entry.get("evaluator")), protocol, _data_of(entry, "train"), _data_of(entry, "test"))
+        groups.setdefault(key, {})[weights] = entry
     kinds = [key[0] for key in groups]
     measures = []
     for group, entries in groups.items():
@@ -224,6 +224,17 @@ def _measures(results: Iterable[Mapping[str, Any]]) -> list[_Measure]:
         measures.append(_Measure(group[0], label, entries))
     order = list(DISPLAY)
     return sorted(measures, key=lambda m: order.index(m.evaluator) if m.evaluator in order else len(order))
+
+
+def _scores(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What an evaluator found that is no top-1 or top-5 accuracy."""
+    scores = entry.get("scores")
+    return scores if isinstance(scores, Mapping) else {}
+
+
+def _data_of(entry: Mapping[str, Any], which: str) -> str:
+    subset = entry.get("subset") if which == "train" else None
+    return f"{entry.get(which)}, {subset}" if subset else str(entry.get(which))
 
 
 def _protocol_name(entry: Mapping[str, Any]) -> str:
@@ -259,10 +270,15 @@ def _protocol_text(entry: Mapping[str, Any]) -> str:
     p = entry.get("protocol")
     p = p if isinstance(p, Mapping) else {}
     if entry.get("evaluator") == "knn":
-        told = [f"weighted, k = {p.get('k', 20)}, temperature {p.get('temperature', 0.07)}"]
+        votes = p.get("temperature", 0.07)
+        told = [f"weighted, k = {p.get('k', 20)}, temperature {votes}" if votes else f"equal votes, k = {p.get('k')}"]
+        told += ["Euclidean distance"] if p.get("distance") == "euclidean" else []
+    elif entry.get("evaluator") == "retrieval":
+        told = ["nearest by cosine similarity; mAP over the whole gallery"]
     else:
         told = [str(p["name"])] if "name" in p else []
-        told += [f"{str(p['optimizer']).upper()} lr {p.get('lr')}"] if "optimizer" in p else []
+        rates = f"{p['lr_backbone']} (backbone), {p.get('lr_head')} (head)" if "lr_backbone" in p else p.get("lr")
+        told += [f"{str(p['optimizer']).upper()} lr {rates}"] if "optimizer" in p else []
         told += [str(p["schedule"])] if "schedule" in p else []
         told += [f"{p['epochs']} epochs"] if "epochs" in p else []
         told += [f"batch {p['batch_size']}"] if "batch_size" in p else []
@@ -271,8 +287,11 @@ def _protocol_text(entry: Mapping[str, Any]) -> str:
     seeds = entry.get("seeds") or []
     if seeds:
         told.append(f"probe seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
+    if entry.get("pretrained_on"):
+        told.append(f"pre-trained on {entry['pretrained_on']}")
     if entry.get("train"):
-        told.append(f"trained on {entry['train']}{_count(entry.get('num_train'))}")
+        use = {"knn": "neighbours from", "retrieval": "gallery"}.get(str(entry.get("evaluator")), "trained on")
+        told.append(f"{use} {_data_of(entry, 'train')}{_count(entry.get('num_train'))}")
     if entry.get("test"):
         told.append(f"tested on {entry['test']}{_count(entry.get('num_test'))}")
     return "; ".join(told)
@@ -323,7 +342,8 @@ def _result_rows(measures: Sequence[_Measure], paper: dict[str, Any] | None) -> 
     comparable = paper is not None and not paper["reasons"]
     rows = []
     for measure in measures:
-        for which, name in (("top1", "top-1"), ("top5", "top-5")):
+        others = {which: which for which in _scores(measure.any_entry)}
+        for which, name in (others or {"top1": "top-1", "top5": "top-5"}).items():
             before, after = measure.accuracy("random", which), measure.accuracy("pretrained", which)
             if not (before or after):
                 continue
@@ -332,7 +352,7 @@ def _result_rows(measures: Sequence[_Measure], paper: dict[str, Any] | None) -> 
             rows.append(
                 {
                     "label": f"{measure.label} {name}",
-                    "main": which == "top1",
+                    "main": which in ("top1", "mAP"),
                     "before": _accuracy_text(before),
                     "after": _accuracy_text(after),
                     "gain": _gain_text(before, after),
@@ -367,6 +387,21 @@ def _charts(run: _Run) -> list[dict[str, Any]]:
             ],
         ),
         (
+            "Linear probe while training, %",
+            [
+                Series("top-1", _curve(run.evals, "top1", "linear"), marked=True),
+                Series("top-5", _curve(run.evals, "top5", "linear"), marked=True),
+            ],
+        ),
+        (
+            "Retrieval while training, %",
+            [
+                Series("mAP", _curve(run.evals, "map", "retrieval"), marked=True),
+                Series("R@1", _curve(run.evals, "recall_at_1", "retrieval"), marked=True),
+            ],
+        ),
+        *_by_checkpoint(run),
+        (
             "RankMe (effective rank of the features)",
             [Series("RankMe", _curve(run.evals, "rankme"), marked=True)],
         ),
@@ -394,6 +429,28 @@ def _charts(run: _Run) -> list[dict[str, Any]]:
                 }
             )
     return charts
+
+
+def _by_checkpoint(run: _Run) -> list[tuple[str, list[Series]]]:
+    """A chart for each evaluator and protocol that several checkpoints were put through."""
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for entry in sorted(run.results, key=lambda entry: _number(entry.get("update")) or 0.0):
+        name = DISPLAY.get(str(entry.get("evaluator")), str(entry.get("evaluator")))
+        scores = _scores(entry) or {"top-1": entry.get("top1")}
+        which, score = next(iter(scores.items()))
+        update = _number(entry.get("update"))
+        value = _number(score.get("mean")) if isinstance(score, Mapping) else None
+        if update is not None and value is not None:
+            title = f"{name} {which} of checkpoints, % ({_protocol_name(entry)}, {_data_of(entry, 'train')})"
+            groups.setdefault(title, []).append((update * _epochs_per_update(run), value))
+    return [(title, [Series(title, points, marked=True)]) for title, points in groups.items() if len(points) > 1]
+
+
+def _epochs_per_update(run: _Run) -> float:
+    """From the last record of the training; 1 where there is none, which leaves updates as they are."""
+    last = run.train[-1] if run.train else {}
+    epoch, update = _number(last.get("epoch")), _number(last.get("update"))
+    return epoch / update if epoch and update else 1.0
 
 
 def _seconds(run: _Run) -> dict[str, float]:

@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from pipelines.errors import ConfigError, InputError
 from relssl.config import Recipe, read_yaml, recipe_from
 
@@ -26,6 +28,11 @@ RESUMABLE = (
     "eval",
 )
 RESULTS_FORMAT = 1
+# What tells one entry of results.json from another.
+_IDENTITY = (
+    *("evaluator", "weights", "epochs", "update", "protocol", "seeds"),
+    *("train", "test", "subset", "view", "data"),
+)
 
 
 class RunFolder:
@@ -126,16 +133,23 @@ class RunFolder:
         kept = [record for record in self.read_metrics() if not past(record)]
         write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in kept))
 
-    def add_result(self, entry: Mapping[str, Any]) -> None:
-        """Put an entry into results.json; an earlier one of the same protocol, weights and data is replaced."""
+    def add_result(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Put an entry into results.json; an earlier one of the same protocol, weights and data is replaced.
+
+        Several evaluations may do so at once: each waits until the other has written.
+
+        Returns:
+            The entry as it will be read.
+        """
 
         def key(e: Mapping[str, Any]) -> tuple[Any, ...]:
-            return tuple(
-                e.get(k) for k in ("evaluator", "weights", "epochs", "protocol", "seeds", "train", "test", "data")
-            )
+            return tuple(e.get(k) for k in _IDENTITY)
 
-        entries = [e for e in read_results(self.path) if key(e) != key(entry)] + [dict(entry)]
-        write_atomically(self.results, json.dumps({"format": RESULTS_FORMAT, "results": entries}, indent=1))
+        added = json.loads(json.dumps(entry))  # lists, where tuples were
+        with FileLock(self.path / ".results.lock"):
+            entries = [e for e in read_results(self.path) if key(e) != key(added)] + [added]
+            write_atomically(self.results, json.dumps({"format": RESULTS_FORMAT, "results": entries}, indent=1))
+        return dict(added)
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import logging
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
 from itertools import chain, islice
@@ -54,6 +54,7 @@ _ESTIMATE_UPDATES = 3  # the first warms up, the others are timed
 _ESTIMATE_FROM = 50  # shorter runs are over before an estimate would pay
 _PATIENCE = timedelta(hours=2)  # of processes that wait for each other: the main one may be clustering
 _UNREADABLE = 0.01  # share of the images, as the loader allows in training
+_A_MOMENT = 0.3  # seconds: `relssl eval --follow` looks at the lock now and then
 _WORTH_A_LINE = 2.0  # seconds of preparing an epoch
 # Names of a record in metrics.jsonl that are the trainer's own.
 _RESERVED = frozenset({"kind", "update", "epoch", "loss", "lr", "images_per_second", "seconds", "unreadable_images"})
@@ -216,29 +217,26 @@ class Trainer:
 
     def _end_epoch(self, epoch: int) -> None:
         done = epoch + 1
-        online = self.recipe.eval.online
         last = done == self.recipe.train.epochs
-        if self.online is not None and online is not None and (done % online.every_epochs == 0 or last):
+        if self.online is not None and (due := self.online.due(done, last=last)):
             with self.stopwatch.on_host("evaluate"), self.rate.paused():
-                self._evaluate(done)
+                self._evaluate(done, due)
         self.position = Position(done, 0, self.position.total)
         every = self.recipe.train.checkpoint.every_epochs
         if last or (every is not None and done % every == 0):
             self._save()
 
-    def _evaluate(self, epoch: int) -> None:
+    def _evaluate(self, epoch: int, due: Sequence[str]) -> None:
         assert self.online is not None
-        try:
-            records = self.online.run(self.method.evaluated)
-        except (ConfigError, InputError) as error:  # a measure that cannot be had is no reason to lose the run
-            self._say(f"epoch {epoch}: not evaluated: {error}")
-            return
-        for record in records:
-            self._record({"kind": "eval", "update": self.position.total, "epoch": epoch, **record})
+        for record in self.online.run(self.method.evaluated, due):
+            if "problem" in record:
+                self._say(f"epoch {epoch}: {record['evaluator']} not evaluated: {record['problem']}")
+            else:
+                self._record({"kind": "eval", "update": self.position.total, "epoch": epoch, **record})
 
     def _keep_initial_weights(self) -> int:
         if self.online is not None:
-            self._evaluate(0)
+            self._evaluate(0, self.online.due(0, last=True))
         self._finish()
         return 0
 
@@ -671,7 +669,7 @@ def _claimed(folder: RunFolder, recipe: Recipe, resume: bool) -> Iterator[None]:
             configuration.
     """
     folder.path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.path / ".lock", timeout=0)
+    lock = FileLock(folder.path / ".lock", timeout=_A_MOMENT)
     try:
         lock.acquire()
     except Timeout:

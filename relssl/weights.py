@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +22,36 @@ FORMAT = "relssl-backbone-1"
 
 @dataclass
 class BackboneFile:
-    """A backbone with its recipe and how far it was trained."""
+    """A backbone with its recipe and how far it was trained. `origin` is None unless it says more than that."""
 
     backbone: nn.Module
     recipe: Recipe
     epochs: int
+    origin: str | None = None
 
 
-def save_backbone(path: Path, backbone: nn.Module, recipe: Recipe, epochs: int) -> None:
-    """Write a backbone's state dict with its recipe in the header; the file appears whole or not at all."""
+def save_backbone(path: Path, backbone: nn.Module, recipe: Recipe, epochs: int, *, origin: str | None = None) -> None:
+    """Write a backbone's state dict with its recipe in the header; the file appears whole or not at all.
+
+    Args:
+        origin: `finetuned` for weights that have seen labels since.
+    """
     tensors = {k: v.detach().to("cpu").contiguous().clone() for k, v in backbone.state_dict().items()}
     header = {"format": FORMAT, "recipe": recipe.model_dump_json(), "epochs": str(epochs)}
+    if origin is not None:
+        header["origin"] = origin
     work = path.with_name(f".{path.name}.writing")
     work.write_bytes(save(tensors, metadata=header))  # save_file would make it unreadable for anybody else
     work.replace(path)
+
+
+def digest_of(backbone: nn.Module) -> str:
+    """A hash of every parameter and buffer by name: whether a head was trained on these very weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key, value in sorted(backbone.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_backbone(path: Path) -> BackboneFile:
@@ -62,4 +79,4 @@ def load_backbone(path: Path) -> BackboneFile:
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
     backbone.to(dtype)
     load_model(backbone, tensors, str(path))
-    return BackboneFile(backbone, recipe, int(header["epochs"]))
+    return BackboneFile(backbone, recipe, int(header["epochs"]), header.get("origin"))

@@ -32,7 +32,7 @@ app.add_typer(bench_app, name="bench")
 # Verbs and evaluators of later versions: refused by name, so that nobody looks for a spelling mistake.
 PLANNED = ("import", "export", "compare", "ls")
 PLANNED_PARTS = {
-    "eval": (("finetune", "retrieval", "probe"), "knn, linear"),
+    "eval": (("probe",), "knn, linear, finetune, retrieval"),
     "bench": (("step", "budget"), "losses, parity, views"),
 }
 

@@ -1,4 +1,4 @@
-"""Linear evaluation of a backbone, by the protocol of a paper or our own quick one."""
+"""Linear evaluation of a backbone, by the protocol of a paper or our own quick one; and of heads that were saved."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from typing import Any
 
 from torch import Tensor
 
-from pipelines.errors import ConfigError
-from pipelines.loader import ViewLoader
+from pipelines.errors import ConfigError, InputError
 from relssl.dist import mix
 from relssl.encode import feature_batches
-from relssl.evaluate.task import Task
+from relssl.evaluate.task import ALL, Portion, Task
 from relssl.evaluate.weights import Weights
 from relssl.evaluators.linear import (
     LinearProtocol,
     LinearResult,
+    Progress,
     cached_batches,
+    head_accuracy,
     linear_protocol,
+    load_head,
     save_head,
     train_linear_probe,
 )
+from relssl.weights import digest_of
 
 log = logging.getLogger("relssl.evaluate")
 
@@ -38,6 +41,7 @@ def evaluate_linear(
     protocol: str | None = None,
     options: dict[str, Any] | None = None,
     seeds: Sequence[int] | None = None,
+    portion: Portion = ALL,
     device: str = "auto",
     command: str = "",
 ) -> dict[str, Any]:
@@ -46,25 +50,27 @@ def evaluate_linear(
     Args:
         protocol: a name of `relssl.evaluators.linear`; the recipe's own when None.
         options: settings of the protocol that differ.
+        portion: which training images have labels.
     """
     chosen = weights.recipe.eval.linear
+    own = linear_protocol(chosen.protocol, **chosen.options)
     if protocol is None:
         settings = linear_protocol(chosen.protocol, **{**chosen.options, **(options or {})})
     else:
         settings = linear_protocol(protocol, **(options or {}))
     seeds = list(seeds if seeds is not None else chosen.seeds)
-    with Task(weights, train, test, device) as task:
+    with Task(weights, train, test, device, portion=portion) as task:
         results = []
         for seed in seeds:
             result = _linear_probe(task, settings, seed)
-            name = "head" if weights.origin == "pretrained" else f"head-{weights.origin}"
             save_head(
-                weights.folder / f"{name}-seed{seed}.safetensors",
+                task.place_for("head", None if settings == own else settings.name, seed),
                 result,
                 classes=task.sets["train"].classes,
                 backbone=weights.recipe.backbone.name,
                 protocol=settings,
                 seed=seed,
+                extra=origin_of_head(task, weights, "linear"),
             )
             results.append(result)
         return task.write(
@@ -77,29 +83,86 @@ def evaluate_linear(
         )
 
 
+def origin_of_head(task: Task, weights: Weights, evaluator: str) -> dict[str, Any]:
+    """What a saved head says of the weights and the images that it was trained on."""
+    return {
+        "evaluator": evaluator,
+        "weights": digest_of(weights.backbone),
+        "train": task.names["train"],
+        "num_train": len(task.sets["train"]),
+        "subset": None if task.portion.is_all else str(task.portion),
+    }
+
+
+def evaluate_heads(
+    weights: Weights,
+    heads: Sequence[Path],
+    test: Path | None = None,
+    *,
+    device: str = "auto",
+    command: str = "",
+) -> dict[str, Any]:
+    """Test heads that were saved before, one per seed, without training; adds an entry to results.json.
+
+    Raises:
+        InputError: a head of other weights, of another backbone, of other classes, or no head at all.
+        ConfigError: heads of different protocols.
+    """
+    loaded = [(path, *load_head(path)) for path in heads]
+    abouts = [about for *_, about in loaded]
+    different = [about["protocol"] for about in abouts if about["protocol"] != abouts[0]["protocol"]]
+    if different:
+        raise ConfigError(
+            f"these heads were trained by different protocols, {abouts[0]['protocol']['name']} and "
+            f"{different[0]['name']}; test them one by one"
+        )
+    with Task(weights, None, test, device, trains=False) as task:
+        for path, _, _, about in loaded:
+            _check_head(path, about, weights, task)
+        features, labels = task.features("test")
+        scores = [head_accuracy(features, labels, weight, bias) for _, weight, bias, _ in loaded]
+        first = abouts[0]
+        protocol = {**first["protocol"], "name": f"{first['protocol']['name']}, saved head"}
+        came_from = {key: first.get(key) for key in ("train", "num_train", "subset")}
+        return task.write(
+            str(first.get("evaluator", "linear")),
+            [float(score["top1"] or 0.0) for score in scores],
+            [score["top5"] for score in scores],
+            protocol,
+            [about["seed"] for about in abouts],
+            command,
+            came_from,
+        )
+
+
+def _check_head(path: Path, about: dict[str, Any], weights: Weights, task: Task) -> None:
+    backbone = weights.recipe.backbone.name
+    if about.get("backbone") != backbone:
+        raise InputError(f"{path} was trained on the features of {about.get('backbone')}; the weights are {backbone}")
+    digest = about.get("weights")
+    if digest is None:
+        log.info("note: %s does not say on which weights it was trained (an earlier version wrote it)", path)
+    elif digest != digest_of(weights.backbone):
+        raise InputError(
+            f"{path} was trained on other weights of {backbone} than these; give the run or the file that it came "
+            "from with --weights"
+        )
+    classes, expected = task.sets["test"].classes, about.get("classes")
+    if classes and expected and list(classes) != list(expected):
+        raise InputError(
+            f"{path} tells {len(expected)} classes apart ({', '.join(expected[:5])}, ...) and {task.names['test']} has "
+            f"{len(classes)} ({', '.join(classes[:5])}, ...)"
+        )
+
+
 def _linear_probe(task: Task, settings: LinearProtocol, seed: int) -> LinearResult:
     test = task.features("test")
     if not settings.augment:
         train_x, train_y = task.features("train")
-        cached = cached_batches(train_x, train_y, settings.batch_size, seed)
+        cached = cached_batches(train_x, train_y, settings.batch_size, seed, drop_last=settings.drop_last)
         return _train_probe(task, cached, len(cached), test, settings, seed)
-    specs = task.weights.recipe.linear_specs()
-    if specs is None:
-        raise ConfigError(
-            f"the protocol {settings.name} trains on augmented views, but the recipe's eval.linear has no plan for "
-            "them; add eval.linear.plan, or use --protocol cached"
-        )
-    files = task.sets["train"]
-    with ViewLoader(
-        files,
-        [(None, specs)],
-        global_batch=min(settings.batch_size, len(files)),
-        engine=task.weights.recipe.data.engine,
-        resize=task.weights.recipe.data.resize,
-        device=task.device,
-        seed=mix(seed, "linear") >> 1,
-        drop_last=False,
-        workers=task.weights.recipe.data.workers,
+    with task.shuffled(
+        task.training_views(settings.crop), settings.batch_size, mix(seed, "linear") >> 1, drop_last=settings.drop_last
     ) as loader:
 
         def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
@@ -118,21 +181,23 @@ def _train_probe(
     settings: LinearProtocol,
     seed: int,
 ) -> LinearResult:
+    progress = progress_lines("linear", seed, settings.epochs)
+    return train_linear_probe(
+        batches, per_epoch, test, test[0].shape[1], task.num_classes, settings, seed, task.device, progress
+    )
+
+
+def progress_lines(what: str, seed: int, epochs: int) -> Progress:
+    """A line of the log every ten seconds, and for the last epoch."""
     last = perf_counter()
 
     def progress(record: dict[str, Any]) -> None:
         nonlocal last
-        if perf_counter() - last > _SECONDS_BETWEEN_LINES or record["epoch"] == settings.epochs:
+        if perf_counter() - last > _SECONDS_BETWEEN_LINES or record["epoch"] == epochs:
             last = perf_counter()
+            tested = f"  top-1 {record['top1']:.2f}" if "top1" in record else ""
             log.info(
-                "linear, seed %d: epoch %d/%d  loss %.4f  top-1 %.2f",
-                seed,
-                record["epoch"],
-                settings.epochs,
-                record["loss"],
-                record["top1"],
+                "%s, seed %d: epoch %d/%d  loss %.4f%s", what, seed, record["epoch"], epochs, record["loss"], tested
             )
 
-    return train_linear_probe(
-        batches, per_epoch, test, test[0].shape[1], task.num_classes, settings, seed, task.device, progress
-    )
+    return progress

@@ -4,35 +4,104 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipelines import beton
 from pipelines.errors import ConfigError, InputError
+from pipelines.loader import ViewLoader
+from pipelines.subset import balanced, listed
+from pipelines.views import ViewSpec
 from relssl.encode import encode, feature_loader, frozen_copy
 from relssl.evaluate.weights import Weights
 from relssl.evaluators.features import summarise
+from relssl.evaluators.linear import Crop
 from relssl.runfolder import RunFolder, now
 
 log = logging.getLogger("relssl.evaluate")
 
 
-class Task:
-    """The data of one evaluation and the features already extracted from it."""
+_SHOWN = 5
 
-    def __init__(self, weights: Weights, train: Path | None, test: Path | None, device: str):
-        self.weights = weights
+
+@dataclass(frozen=True)
+class Portion:
+    """Which training images are used: those of a list of names, or a share drawn by `seed`, equal for every class."""
+
+    percent: float | None = None
+    listing: Path | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.percent is not None and self.listing is not None:
+            raise ConfigError("--percent and --subset both choose the training images; give one of them")
+
+    def of(self, files: Any) -> Any:
+        """Those images of an open data set."""
+        if self.listing is not None:
+            return listed(files, self.listing)
+        return files if self.percent is None else balanced(files, self.percent, self.seed)
+
+    @property
+    def is_all(self) -> bool:
+        return self.percent in (None, 100) and self.listing is None
+
+    def __str__(self) -> str:
+        if self.listing is not None:
+            return self.listing.name
+        return "all" if self.is_all else f"{self.percent:g} %, draw {self.seed}"
+
+    @property
+    def tag(self) -> str:
+        """For the names of files; empty for all images."""
+        if self.is_all:
+            return ""
+        return self.listing.stem if self.listing is not None else f"{self.percent:g}pct-draw{self.seed}"
+
+
+ALL = Portion()
+
+
+class Task:
+    """The data of one evaluation and the features already extracted from it.
+
+    Args:
+        train, test: `.beton` files; the recipe's own when None.
+        view: how images are prepared; the recipe's `eval.view` when None.
+        portion: which of the training images are used.
+        trains: False for an evaluation that has no training images.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        train: Path | None,
+        test: Path | None,
+        device: str,
+        *,
+        view: ViewSpec | None = None,
+        portion: Portion = ALL,
+        trains: bool = True,
+    ):
+        self.weights, self.portion = weights, portion
+        self.view = view or weights.recipe.eval_spec()
         self.device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         self.backbone = frozen_copy(weights.backbone, self.device)
         data = weights.recipe.data
         test_place = test or data.test
         if test_place is None:
             raise ConfigError("no test data: give --test FILE.beton, or set data.test in the recipe")
-        places: dict[str, Any] = {"train": train or data.probe or data.train, "test": test_place}
-        self.sets: dict[str, Any] = {}
+        places: dict[str, Any] = {"train": train or data.probe or data.train} if trains else {}
+        places["test"] = test_place
+        self.opened: dict[str, Any] = {}
+        self._features: dict[str, tuple[Tensor, Tensor]] = {}
         try:
             self._open(places)
         except BaseException:
@@ -41,9 +110,11 @@ class Task:
 
     def _open(self, places: dict[str, Any]) -> None:
         for name, place in places.items():
-            self.sets[name] = beton.open(place)
+            self.opened[name] = beton.open(place)
         self.names = {name: _short(place) for name, place in places.items()}
-        self._features: dict[str, tuple[Tensor, Tensor]] = {}
+        self.sets = dict(self.opened)
+        if "train" in self.sets:
+            self.sets["train"] = self.portion.of(self.sets["train"])
         labels = {name: files.labels for name, files in self.sets.items()}
         for name, values in labels.items():
             if (values < 0).any():
@@ -52,13 +123,29 @@ class Task:
                     "evaluation compares labels. Convert a labelled source (one folder per class), or look at the "
                     "label-free measures in the run's report"
                 )
-        classes = {name: files.classes for name, files in self.sets.items()}
-        if classes["train"] and classes["test"] and list(classes["train"]) != list(classes["test"]):
+        if "train" in self.sets:
+            self._check_classes(labels["train"], labels["test"])
+        self.num_classes = int(max(values.max() for values in labels.values())) + 1
+
+    def _check_classes(self, train: np.ndarray, test: np.ndarray) -> None:
+        known = {name: files.classes for name, files in self.sets.items()}
+        if known["train"] and known["test"] and list(known["train"]) != list(known["test"]):
             raise InputError(
                 f"{self.names['train']} and {self.names['test']} have different classes: "
-                f"{list(classes['train'])[:5]}... against {list(classes['test'])[:5]}..."
+                f"{len(known['train'])} ({_some(known['train'])}) against {len(known['test'])} "
+                f"({_some(known['test'])})"
             )
-        self.num_classes = int(max(values.max() for values in labels.values())) + 1
+        names = known["train"] or known["test"] or []
+        lacking = [names[c] if c < len(names) else str(c) for c in np.setdiff1d(test, train)]
+        if lacking:
+            chosen = "" if self.portion.is_all else f" ({self.portion})"
+            raise InputError(
+                f"{self.names['train']}{chosen} has no image of {len(lacking)} of the classes of "
+                f"{self.names['test']}: {_some(lacking)}. Give training images of every class"
+            )
+        single = int((np.bincount(train) == 1).sum())
+        if single:
+            log.info("note: %d classes have a single training image", single)
 
     def __enter__(self) -> Task:
         return self
@@ -67,28 +154,92 @@ class Task:
         self.close()
 
     def close(self) -> None:
-        for files in self.sets.values():
+        for files in self.opened.values():
             files.close()
+
+    @property
+    def batch_size(self) -> int:
+        return self.weights.recipe.eval.batch_size
+
+    def training_views(self, crop: Crop) -> list[ViewSpec]:
+        """The augmented view that a protocol trains on: the recipe's plan, unless there is none or it crops as another
+        protocol does; then the protocol's crop, with its default scale, and flips."""
+        kind, other = ("random_resized", "byol") if crop == "torchvision" else ("byol", "random_resized")
+        own = self.weights.recipe.linear_specs()
+        if own is not None and all(spec.box_kind != other for spec in own):
+            return own
+        log.info(
+            "the recipe has no training views for this protocol: %s crops of %d pixels (scale 0.08 to 1) and flips",
+            "BYOL's random" if crop == "byol" else "random resized",
+            self.view.size,
+        )
+        plain: dict[str, Any] = {"interpolation": "bicubic", "antialias": False} if crop == "byol" else {}
+        return [ViewSpec("image", self.view.size, box={kind: {}}, flip=0.5, normalize=self.view.normalize, **plain)]
+
+    def shuffled(self, specs: list[ViewSpec], batch_size: int, seed: int, *, drop_last: bool) -> ViewLoader:
+        """A loader of training views in an order of its own in every epoch; the caller closes it."""
+        files, data = self.sets["train"], self.weights.recipe.data
+        if len(files) < batch_size:
+            log.info("note: one batch of %d images, all there are, instead of %d", len(files), batch_size)
+        return ViewLoader(
+            files,
+            [(None, specs)],
+            global_batch=min(batch_size, len(files)),
+            engine=data.engine,
+            resize=data.resize,
+            device=self.device,
+            seed=seed,
+            drop_last=drop_last,
+            workers=data.workers,
+        )
+
+    def place_for(self, kind: str, protocol: str | None, seed: int) -> Path:
+        """Where a file of one seed goes, such as `head-seed0.safetensors`. What differs from the recipe is in the name,
+        so that no evaluation overwrites the file of another.
+
+        Args:
+            protocol: its name; None for the recipe's own.
+        """
+        weights = self.weights
+        own_data = weights.recipe.data
+        own_train = _short(own_data.probe or own_data.train)
+        parts = [
+            kind,
+            "" if weights.origin == "pretrained" else weights.origin,
+            "" if weights.update is None else f"update{weights.update:08d}",
+            "" if protocol is None else protocol.replace(" (changed)", "-changed"),
+            "" if self.names["train"] == own_train else Path(self.names["train"]).stem,
+            self.portion.tag,
+            f"seed{seed}",
+        ]
+        name = "-".join(re.sub(r"[^\w.+-]+", "_", part) for part in parts if part)
+        return weights.folder / f"{name}.safetensors"
 
     def features(self, name: str) -> tuple[Tensor, Tensor]:
         """(N, D) float32 features and (N,) labels of the un-augmented images, extracted once."""
         if name not in self._features:
-            recipe = self.weights.recipe
             log.info("features of %d %s images", len(self.sets[name]), name)
-            with contextlib.closing(
-                feature_loader(
-                    self.sets[name],
-                    recipe.eval_spec(),
-                    batch_size=recipe.eval.batch_size,
-                    device=self.device,
-                    engine=recipe.data.engine,
-                    resize=recipe.data.resize,
-                    workers=recipe.data.workers,
-                )
-            ) as loader:
+            with self.unaugmented(name) as loader:
                 features, labels = encode(self.backbone.float(), loader)
             self._features[name] = features.float(), labels
         return self._features[name]
+
+    @contextlib.contextmanager
+    def unaugmented(self, name: str) -> Iterator[ViewLoader]:
+        """A loader of the un-augmented images in file order."""
+        data = self.weights.recipe.data
+        with contextlib.closing(
+            feature_loader(
+                self.sets[name],
+                self.view,
+                batch_size=self.batch_size,
+                device=self.device,
+                engine=data.engine,
+                resize=data.resize,
+                workers=data.workers,
+            )
+        ) as loader:
+            yield loader
 
     def write(
         self,
@@ -98,7 +249,9 @@ class Task:
         protocol: dict[str, Any],
         seeds: list[int],
         command: str,
+        extra: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
+        """Add an entry to results.json and return it; `extra` goes into it as it is."""
         recipe = self.weights.recipe
         entry = {
             "evaluator": evaluator,
@@ -107,23 +260,43 @@ class Task:
             "top5": summarise(top5),
             "seeds": seeds,
             "protocol": protocol,
-            "train": self.names["train"],
+            "train": self.names.get("train"),
             "test": self.names["test"],
-            "data": [self.sets[name].content_hash for name in ("train", "test")],
-            "num_train": len(self.sets["train"]),
+            "subset": None if self.portion.is_all else str(self.portion),
+            "data": [files.content_hash for files in self.opened.values()],
+            "num_train": len(self.sets["train"]) if "train" in self.sets else None,
             "num_test": len(self.sets["test"]),
+            "pretrained_on": _short(recipe.data.train),
+            "view": _view_as_text(self.view),
             "backbone": recipe.backbone.name,
             "method": recipe.method_name,
             "epochs": self.weights.epochs,
+            "update": self.weights.update,
             "global_batch": recipe.train.batch_size,
             "views_per_step": sum(spec.count for spec in recipe.views.specs()[-1][1]),
             "train_seed": recipe.train.seed,
             "command": command,
             "date": now(),
+            **(extra or {}),
         }
-        RunFolder(self.weights.folder).add_result(entry)
-        return entry
+        return RunFolder(self.weights.folder).add_result(entry)
 
 
 def _short(place: str | Path | list[str]) -> str:
     return " + ".join(Path(p).name for p in (place if isinstance(place, list) else [place]))
+
+
+def _view_as_text(spec: ViewSpec) -> dict[str, Any]:
+    """What of an un-augmented view tells it from another."""
+    return {
+        "size": spec.size,
+        "box": spec.box_kind,
+        **spec.box_options,
+        "interpolation": spec.interpolation,
+        "antialias": spec.antialias,
+        "normalize": spec.normalize,
+    }
+
+
+def _some(names: Any) -> str:
+    return ", ".join(map(str, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")

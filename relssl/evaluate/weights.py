@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,17 +23,21 @@ log = logging.getLogger("relssl.evaluate")
 
 @dataclass
 class Weights:
-    """A backbone under evaluation. `origin` is `pretrained` or `random`; results go into `folder`."""
+    """A backbone under evaluation. `origin` is `pretrained`, `random` or `finetuned`; results go into `folder`.
+
+    `update` is that of the checkpoint that it was read from, None for a backbone that is nobody's work in progress.
+    """
 
     backbone: nn.Module
     recipe: Recipe
     origin: str
     epochs: int
     folder: Path
+    update: int | None = None
 
 
 def open_weights(path: Path, *, random_init: bool = False) -> Weights:
-    """The backbone of a run folder or of a weights file.
+    """The backbone of a run folder, of one of its checkpoints (`RUN/checkpoints/update-...`) or of a weights file.
 
     A run that has not ended is evaluated at its newest checkpoint. With `random_init` the backbone is the one that
     the run started from.
@@ -42,6 +46,8 @@ def open_weights(path: Path, *, random_init: bool = False) -> Weights:
         InputError: there are no weights, or they do not fit their recipe.
     """
     if path.is_dir():
+        if path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file():
+            return from_checkpoint(RunFolder(path.parent.parent), path)
         folder = RunFolder(path)
         recipe = folder.recipe()
         if random_init:
@@ -49,13 +55,14 @@ def open_weights(path: Path, *, random_init: bool = False) -> Weights:
         if folder.backbone.is_file():
             found = load_backbone(folder.backbone)
             return Weights(found.backbone, found.recipe, _origin(found.epochs), found.epochs, path)
-        return _from_checkpoint(folder, recipe)
+        return _newest(folder)
     if not path.exists():
         raise InputError(f"there are no weights at {path}; expected a run folder or a backbone.safetensors")
     found = load_backbone(path)
     if random_init:
         return Weights(initial_backbone(found.recipe), found.recipe, "random", 0, path.parent)
-    return Weights(found.backbone, found.recipe, _origin(found.epochs), found.epochs, path.parent)
+    origin = found.origin or _origin(found.epochs)
+    return Weights(found.backbone, found.recipe, origin, found.epochs, path.parent)
 
 
 def _origin(epochs: int) -> str:
@@ -68,17 +75,37 @@ def initial_backbone(recipe: Recipe) -> nn.Module:
     return build_backbone(recipe.backbone.name, **recipe.backbone.options)
 
 
-def _from_checkpoint(folder: RunFolder, recipe: Recipe) -> Weights:
+def evaluated_as(weights: Weights, other: Recipe) -> Weights:
+    """The same backbone, its images prepared and its protocols chosen as in another recipe: across data sets.
+
+    Taken over are the section `eval` and the normalisation; everything that says how the backbone was trained stays.
+    """
+    own = weights.recipe
+    views = own.views.model_copy(update={"normalize": other.views.normalize})
+    return replace(weights, recipe=own.model_copy(update={"views": views, "eval": other.eval}))
+
+
+def _newest(folder: RunFolder) -> Weights:
     found = checkpoint.list_checkpoints(folder.checkpoints)
     if not found:
         raise InputError(
             f"{folder.path} has neither a backbone nor a checkpoint yet; train it first, or use --random-init to "
             "evaluate the initial weights"
         )
-    saved = checkpoint.load(found[-1])
+    log.info("the run has not ended: evaluating %s", found[-1])
+    return from_checkpoint(folder, found[-1])
+
+
+def from_checkpoint(folder: RunFolder, path: Path) -> Weights:
+    """The backbone that is evaluated, out of one checkpoint of a run.
+
+    Raises:
+        InputError: the checkpoint is not whole, is gone, or does not fit the run's recipe.
+    """
+    recipe = folder.recipe()
+    saved = checkpoint.load(path)
     prefix = f"{load_method(folder.method_place(recipe)).EVALUATED}."
     tensors = {k.removeprefix(prefix): v for k, v in saved.model.items() if k.startswith(prefix)}
     backbone = build_backbone(recipe.backbone.name, **recipe.backbone.options)
-    checkpoint.load_model(backbone, tensors, str(found[-1]))
-    log.info("the run has not ended: evaluating %s", found[-1])
-    return Weights(backbone, recipe, "pretrained", saved.position.epoch, folder.path)
+    checkpoint.load_model(backbone, tensors, str(path))
+    return Weights(backbone, recipe, "pretrained", saved.position.epoch, folder.path, saved.position.total)

@@ -98,6 +98,15 @@ def normalise(features: Tensor) -> Tensor:
     return F.normalize(features, dim=1)
 
 
+def check_k(k: int, available: int) -> None:
+    """Raises ConfigError unless k neighbours can be found among the available images."""
+    if not 1 <= k <= available:
+        raise ConfigError(
+            f"k = {k} neighbours asked for, but it must be between 1 and the number of images to choose "
+            f"from, {available}. Choose a smaller k or a larger data set"
+        )
+
+
 def top_neighbours(queries: Tensor, keys: Tensor, *, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k rows of `keys` with the largest inner product with each row of `queries`, best first.
 
@@ -116,12 +125,7 @@ def top_neighbours(queries: Tensor, keys: Tensor, *, k: int, exclude: Tensor | N
     Raises:
         ConfigError: k is not between 1 and the number of keys that may be chosen.
     """
-    available = len(keys) - (exclude is not None)
-    if not 1 <= k <= available:
-        raise ConfigError(
-            f"k = {k} neighbours asked for, but it must be between 1 and the number of images to choose "
-            f"from, {available}. Choose a smaller k or a larger data set"
-        )
+    check_k(k, len(keys) - (exclude is not None))
     parts = []
     with full_precision(queries.device):
         for start in range(0, len(queries), QUERY_BLOCK):

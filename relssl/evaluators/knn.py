@@ -3,18 +3,29 @@
 The rule is the one common since Wu et al. (2018) and used by DINO and ReSA: cosine similarity, and each of
 the k nearest training images votes for its class with weight exp(similarity / temperature). Legend: n test
 images, N training images, D feature width, C classes.
+
+Named protocols (`knn_protocol`):
+
+    dino         the code released with DINO: k = 10, 20, 100, 200, temperature 0.07
+    resa         the code released with ReSA: k = 5, 10, 15, 20, 25, temperature 0.07
+    resa_cifar   the CIFAR code of ReSA: k = 5, every vote equal, Euclidean distance of features as they are
+
+The first two reduce the short side to 256 pixels by a bicubic filter and take the middle 224: `eval.knn.view` of a
+recipe.
 """
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from pipelines.errors import ConfigError, InputError
+from pipelines.errors import ConfigError, InputError, unknown_name
 from relssl.evaluators.features import (
     check_features,
+    check_k,
     check_labels,
     check_same_width,
     normalise,
@@ -23,6 +34,7 @@ from relssl.evaluators.features import (
 
 # exp(1 / 0.0125) = 6e34 still fits float32, and exp(-1 / 0.0125) is still above zero
 SMALLEST_TEMPERATURE = 0.0125
+VOTE_BLOCK = 8_192
 
 
 class Accuracy(TypedDict):
@@ -30,6 +42,42 @@ class Accuracy(TypedDict):
 
     top1: float
     top5: float | None
+
+
+class KnnProtocol(BaseModel):
+    """Every number of a kNN evaluation; `knn_protocol(name)` gives the named ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "weighted kNN"
+    k: tuple[int, ...] = Field(default=(20,), min_length=1)
+    temperature: float | None = 0.07  # None: every neighbour's vote counts the same
+    distance: Literal["cosine", "euclidean"] = "cosine"  # euclidean: of features as they are, not of length one
+
+
+KNN_PROTOCOLS: dict[str, dict[str, Any]] = {
+    "dino": {"k": (10, 20, 100, 200)},
+    "resa": {"k": (5, 10, 15, 20, 25)},
+    "resa_cifar": {"k": (5,), "temperature": None, "distance": "euclidean"},
+}
+
+
+def knn_protocol(name: str | None, **overrides: Any) -> KnnProtocol:
+    """The protocol `name` (None: weighted kNN, k = 20), with some numbers replaced.
+
+    Raises:
+        ConfigError: unknown name (the nearest known one is named), or a value that cannot be.
+    """
+    if name is not None and name not in KNN_PROTOCOLS:
+        raise ConfigError(unknown_name("kNN protocol", name, KNN_PROTOCOLS))
+    original = KnnProtocol() if name is None else KnnProtocol(name=name, **KNN_PROTOCOLS[name])
+    try:
+        changed = KnnProtocol(**{**original.model_dump(), **overrides})
+    except ValidationError as error:
+        reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
+        raise ConfigError(f"kNN: {reasons}") from None
+    keeps_its_name = name is None or changed == original
+    return changed if keeps_its_name else changed.model_copy(update={"name": f"{name} (changed)"})
 
 
 def weighted_knn(
@@ -55,23 +103,30 @@ def weighted_knn(
         ConfigError: k or temperature out of range, fewer than one class.
         InputError: features with NaN, different widths, labels missing or out of range.
     """
-    if not temperature >= SMALLEST_TEMPERATURE:
-        raise ConfigError(
-            f"kNN temperature must be at least {SMALLEST_TEMPERATURE} (below it the weights leave the "
-            f"range of float32), got {temperature}"
-        )
+    _check_temperature(temperature)
     if num_classes < 1:
         raise ConfigError(f"kNN needs at least one class, got num_classes = {num_classes}")
     train_x, test_x = check_features(train_x, "train features"), check_features(test_x, "test features")
     check_same_width(train_x, test_x)
     train_y = check_labels(train_y, len(train_x), num_classes, "train labels").to(train_x.device)
     similarity, index = top_neighbours(test_x.to(train_x.dtype), train_x, k=k)
-    weight = torch.exp(similarity / temperature)
-    label = train_y[index]
-    scores = weight.new_zeros((len(test_x), num_classes))
-    rows = torch.arange(len(test_x), device=scores.device)
-    for rank in range(k):  # one neighbour of every image at a time: no two additions meet, so the order is fixed
-        scores[rows, label[:, rank]] += weight[:, rank]
+    return _votes(train_y[index], torch.exp(similarity / temperature), num_classes)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature >= SMALLEST_TEMPERATURE:
+        raise ConfigError(
+            f"kNN temperature must be at least {SMALLEST_TEMPERATURE} (below it the weights leave the "
+            f"range of float32), got {temperature}"
+        )
+
+
+def _votes(label: Tensor, weight: Tensor, num_classes: int) -> Tensor:
+    """Sums of the weights (n, k) of neighbours by their labels (n, k): (n, C)."""
+    scores = weight.new_zeros((len(label), num_classes))
+    rows = torch.arange(len(label), device=scores.device)
+    for rank in range(label.shape[1]):  # one neighbour of every image at a time: no two additions meet, so the
+        scores[rows, label[:, rank]] += weight[:, rank]  # order is fixed
     return scores
 
 
@@ -85,26 +140,42 @@ def knn_accuracy(
     temperature: float = 0.07,
     num_classes: int | None = None,
 ) -> Accuracy:
-    """Top-1 and top-5 accuracy of `weighted_knn` in percent; features may have any length, rows are
-    normalised here.
+    """Top-1 and top-5 accuracy of `weighted_knn` in percent, for one k; see `knn_accuracies`."""
+    protocol = KnnProtocol(k=(k,), temperature=temperature)
+    return knn_accuracies(train_x, train_y, test_x, test_y, protocol=protocol, num_classes=num_classes)[0]
 
-    A class that no neighbour has is never among the five, so top-5 counts only classes that got a vote.
+
+def knn_accuracies(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    protocol: KnnProtocol,
+    num_classes: int | None = None,
+) -> list[Accuracy]:
+    """Top-1 and top-5 accuracy in percent for every k of a protocol; neighbours are looked for once.
+
+    Features may have any length: with cosine distance rows are normalised here. A class that no neighbour has is never
+    among the five, so top-5 counts only classes that got a vote. Of classes with equally many votes the first counts.
 
     Args:
         train_x, train_y: (N, D) features and (N,) labels to look neighbours up in.
         test_x, test_y: (n, D) and (n,).
-        k, temperature: see `weighted_knn`.
         num_classes: C; by default the largest label + 1.
 
     Returns:
-        {"top1": percent, "top5": percent, or None with fewer than five classes}.
+        {"top1": percent, "top5": percent, or None with fewer than five classes} for each k, in the protocol's order.
 
     Raises:
         ConfigError: k or temperature out of range.
         InputError: labels missing, one class only, features with NaN or all zero, different widths.
     """
+    if protocol.temperature is not None:
+        _check_temperature(protocol.temperature)
     train_x, test_x = check_features(train_x, "train features"), check_features(test_x, "test features")
-    train_y = check_labels(train_y, len(train_x), num_classes, "train labels")
+    check_same_width(train_x, test_x)
+    train_y = check_labels(train_y, len(train_x), num_classes, "train labels").to(train_x.device)
     test_y = check_labels(test_y, len(test_x), num_classes, "test labels").to(train_x.device)
     if len(train_y.unique()) < 2:
         raise InputError(
@@ -113,11 +184,42 @@ def knn_accuracy(
         )
     if num_classes is None:
         num_classes = int(max(train_y.max(), test_y.max())) + 1
-    scores = weighted_knn(
-        normalise(train_x), train_y, normalise(test_x), k=k, temperature=temperature, num_classes=num_classes
-    )
-    best, predicted = scores.topk(min(5, num_classes), dim=1)
-    hit = (predicted == test_y[:, None]) & (best > 0)
-    top1 = 100.0 * int(hit[:, :1].sum()) / len(hit)
-    top5 = 100.0 * int(hit.sum()) / len(hit) if num_classes >= 5 else None
-    return {"top1": top1, "top5": top5}
+    for k in protocol.k:
+        check_k(k, len(train_x))
+    queries, keys = _searchable(test_x.to(train_x.dtype), train_x, protocol.distance)
+    similarity, index = top_neighbours(queries, keys, k=max(protocol.k))
+    if protocol.temperature is None:
+        weight = torch.ones_like(similarity)
+    else:
+        weight = torch.exp(similarity / protocol.temperature)
+    label = train_y[index]
+    return [_accuracy(label[:, :k], weight[:, :k], test_y, num_classes) for k in protocol.k]
+
+
+def _searchable(queries: Tensor, keys: Tensor, distance: str) -> tuple[Tensor, Tensor]:
+    """Rows whose inner products rank the keys of each query by nearness.
+
+    Euclidean: |q - x|^2 = |q|^2 - 2 (q.x - |x|^2 / 2), so the second part of the product becomes a column. Distances
+    do not change when both are moved, and small numbers lose less in the difference.
+    """
+    if distance == "cosine":
+        return normalise(queries), normalise(keys)
+    centre = keys.mean(dim=0)
+    queries, keys = queries - centre, keys - centre
+    ones = queries.new_ones((len(queries), 1))
+    return torch.cat([queries, ones], dim=1), torch.cat([keys, -0.5 * keys.square().sum(dim=1, keepdim=True)], dim=1)
+
+
+def _accuracy(label: Tensor, weight: Tensor, test_y: Tensor, num_classes: int) -> Accuracy:
+    """Of neighbours' labels and weights, (n, k) each. In blocks: scores of all images and classes may be gigabytes."""
+    first = within = 0
+    for start in range(0, len(test_y), VOTE_BLOCK):
+        rows = slice(start, start + VOTE_BLOCK)
+        scores = _votes(label[rows], weight[rows], num_classes)
+        best, predicted = scores.sort(dim=1, descending=True, stable=True)
+        hit = (predicted[:, :5] == test_y[rows, None]) & (best[:, :5] > 0)
+        first, within = first + int(hit[:, :1].sum()), within + int(hit.sum())
+    return {
+        "top1": 100.0 * first / len(test_y),
+        "top5": 100.0 * within / len(test_y) if num_classes >= 5 else None,
+    }

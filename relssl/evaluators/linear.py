@@ -12,6 +12,7 @@ Named protocols (`linear_protocol`):
     wcl                the code released with WCL: Nesterov, lr 0.2 x batch / 256, batch 4096, 80 epochs, cosine
     resa               the code released with ReSA, for weights of batch 256: lr 10, x 0.1 at epochs 60 and 80
     resa_1024          the same with lr 40, for weights of batch 1024
+    resa_cifar         the CIFAR code of ReSA: Adam 1e-2 to 1e-6, 500 epochs, batch 1000, no augmentation
     relicv2            the code released with ReLICv2: Nesterov, lr 0.3 x batch / 256, batch 1024, 100 epochs, cosine
     relational         Self-Supervised Relational Reasoning and its baselines: Adam 1e-3, 100 epochs, no augmentation
     cached             ours, no paper's: features of un-augmented images, computed once, standardised; seconds
@@ -30,7 +31,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -40,12 +41,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.errors import ConfigError, InputError, RunError, unknown_name
-from relssl.evaluators.features import check_features, check_labels, check_same_width
-from relssl.ops.precision import full_precision
+from relssl.evaluators.features import check_features, check_labels, check_same_width, full_precision
 
 HEAD_FORMAT = 1
 TEST_BLOCK = 8_192
 
+Crop = Literal["torchvision", "byol"]
 InitStd = Annotated[float, Field(ge=0)] | Literal["haiku"] | None
 Batches = Iterable[tuple[Tensor, Tensor]]
 Progress = Callable[[dict[str, Any]], None]
@@ -58,6 +59,7 @@ class LinearProtocol(BaseModel):
 
     name: str = "custom"
     augment: bool = True  # features of fresh augmented views in every epoch; False: of each image once
+    crop: Crop = "torchvision"  # of augmented views; byol: BYOL's, bicubic without antialiasing
     optimizer: Literal["sgd", "adam"] = "sgd"  # adam: betas 0.9 and 0.999, eps 1e-8; momentum is not used
     lr: float = Field(gt=0)
     lr_scaling: Literal["none", "linear"] = "none"  # linear: lr x batch_size / 256
@@ -66,10 +68,13 @@ class LinearProtocol(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0)
     epochs: int = Field(default=100, ge=1)
     batch_size: int = Field(default=256, ge=1)
-    # cosine goes to zero, iteration by iteration; multistep multiplies by gamma at the epochs in milestones
-    schedule: Literal["cosine", "multistep", "constant"] = "cosine"
+    drop_last: bool = False  # leave out the last, smaller batch of an epoch
+    # cosine goes to zero, iteration by iteration; multistep multiplies by gamma at the epochs in milestones;
+    # exponential falls from epoch to epoch by one factor, towards `final`
+    schedule: Literal["cosine", "multistep", "exponential", "constant"] = "cosine"
     milestones: tuple[int, ...] = ()
     gamma: float = Field(default=0.1, gt=0, le=1)
+    final: float = Field(default=0.0, ge=0)
     # weights from N(0, init_std^2); haiku: from N(0, 1 / D), cut at two standard deviations; None: PyTorch's default
     # for weight and bias
     init_std: InitStd = None
@@ -87,6 +92,8 @@ class LinearProtocol(BaseModel):
             raise ValueError("nesterov: true needs momentum above 0")
         if (self.schedule == "multistep") != bool(self.milestones):
             raise ValueError("milestones belong to schedule: multistep, and multistep needs at least one")
+        if (self.schedule == "exponential") != bool(self.final):
+            raise ValueError("final belongs to schedule: exponential, which falls towards it, so it is above 0")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones must increase, got {list(self.milestones)}")
         return self
@@ -98,6 +105,8 @@ class LinearProtocol(BaseModel):
             return base * 0.5 * (1 + math.cos(math.pi * step / (self.epochs * steps_per_epoch)))
         if self.schedule == "multistep":
             return base * self.gamma ** sum(step // steps_per_epoch >= milestone for milestone in self.milestones)
+        if self.schedule == "exponential":
+            return base * (self.final / base) ** (step // steps_per_epoch / self.epochs)
         return base
 
 
@@ -139,12 +148,27 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "nesterov": True,
         "epochs": 100,
         "batch_size": 1024,
+        "crop": "byol",
+        "drop_last": True,  # the released code fills every batch, from the next epoch if need be
         "init_std": "haiku",
         "zero_bias": True,
         "select": "last",
     },
     "resa": {**_RESA, "lr": 10.0},
     "resa_1024": {**_RESA, "lr": 40.0},
+    "resa_cifar": {
+        "augment": False,
+        "optimizer": "adam",
+        "lr": 1e-2,
+        "momentum": 0.0,
+        "weight_decay": 5e-6,
+        "epochs": 500,
+        "batch_size": 1000,
+        "drop_last": True,
+        "schedule": "exponential",
+        "final": 1e-6,
+        "select": "last",
+    },
     "relational": {
         "augment": False,
         "optimizer": "adam",
@@ -196,40 +220,54 @@ class CachedBatches:
     """Shuffled batches of features that are held in memory; call with the epoch, `len()` gives batches per
     epoch.
 
-    The order is a function of (seed, epoch) alone. The last batch of an epoch may be smaller.
+    The order is a function of (seed, epoch) alone. The last batch of an epoch may be smaller, or with `drop_last` is
+    left out, unless it is the only one.
     """
 
-    def __init__(self, features: Tensor, labels: Tensor, batch_size: int, seed: int):
+    def __init__(self, features: Tensor, labels: Tensor, batch_size: int, seed: int, *, drop_last: bool = False):
         if batch_size < 1:
             raise ConfigError(f"batch size must be at least 1, got {batch_size}")
         self.features = check_features(features, "train features")
         self.labels = check_labels(labels, len(features), None, "train labels").to(features.device)
         self.batch_size, self.seed = batch_size, seed
+        whole = len(self.features) // batch_size
+        self.num_batches = whole if drop_last and whole else math.ceil(len(self.features) / batch_size)
 
     def __len__(self) -> int:
-        return math.ceil(len(self.features) / self.batch_size)
+        return self.num_batches
 
     def __call__(self, epoch: int) -> Batches:
         order = torch.randperm(len(self.features), generator=_generator(self.seed, "order", epoch))
-        for index in order.to(self.features.device).split(self.batch_size):
+        for index in order.to(self.features.device).split(self.batch_size)[: self.num_batches]:
             yield self.features[index], self.labels[index]
 
 
-def cached_batches(features: Tensor, labels: Tensor, batch_size: int, seed: int) -> CachedBatches:
+def cached_batches(
+    features: Tensor, labels: Tensor, batch_size: int, seed: int, *, drop_last: bool = False
+) -> CachedBatches:
     """Batches for `train_linear_probe` from features (N, D) computed once; see `CachedBatches`.
 
     Raises:
         InputError: NaN or all-zero features, labels missing.
     """
-    return CachedBatches(features, labels, batch_size, seed)
+    return CachedBatches(features, labels, batch_size, seed, drop_last=drop_last)
 
 
 def _generator(seed: int, name: Literal["init", "order"], epoch: int = 0) -> torch.Generator:
-    """A CPU generator keyed by all three; torch reads 32 bits of a seed, so they are hashed, not added."""
+    """A CPU generator keyed by all three."""
+    return torch.Generator().manual_seed(keyed_seed(seed, name, epoch))
+
+
+def keyed_seed(seed: int, name: str, epoch: int = 0) -> int:
+    """A seed for torch, which reads 32 bits of one: hashed from all three, not added.
+
+    Raises:
+        ConfigError: a negative seed.
+    """
     if seed < 0:
         raise ConfigError(f"seed must be 0 or more, got {seed}")
     digest = blake2b(f"linear probe/{name}/{seed}/{epoch}".encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return int.from_bytes(digest, "little")
 
 
 @dataclass(frozen=True)
@@ -304,7 +342,15 @@ def train_linear_probe(
 
     shift, scale = _standardisation(batches(0), protocol, feature_dim, device)
     test_x = (test_x - shift) * scale
-    weight, bias = _initial_head(feature_dim, num_classes, protocol, seed, device, dtype)
+    weight, bias = initial_head(
+        feature_dim,
+        num_classes,
+        init_std=protocol.init_std,
+        zero_bias=protocol.zero_bias,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
     optimizer = _optimizer([weight, bias], protocol)
     curve: list[dict[str, Any]] = []
     chosen = (weight, bias)
@@ -392,26 +438,34 @@ def _standardisation(
     return centre.to(device, dtype), scale.to(device, dtype)
 
 
-def _initial_head(
+def initial_head(
     feature_dim: int,
     num_classes: int,
-    protocol: LinearProtocol,
+    *,
+    init_std: InitStd,
+    zero_bias: bool,
     seed: int,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Weight (C, D) and bias (C,) with gradient; drawn on the CPU, so equal on every device."""
+    """Weight (C, D) and bias (C,) with gradient, drawn by `seed` on the CPU, so equal on every device.
+
+    Args:
+        init_std: weights from N(0, init_std^2); `haiku`: Haiku's default, N(0, 1 / D) cut at two standard deviations;
+            None: PyTorch's default, weights and bias uniform in +-1 / sqrt(D).
+        zero_bias: a bias of zeros instead.
+    """
     generator = _generator(seed, "init")
-    bound = feature_dim**-0.5  # PyTorch's nn.Linear: weight and bias uniform in +-1/sqrt(D)
+    bound = feature_dim**-0.5
     weight = torch.empty(num_classes, feature_dim, dtype=dtype)
-    if protocol.init_std is None:
+    if init_std is None:
         weight.uniform_(-bound, bound, generator=generator)
-    elif protocol.init_std == "haiku":
+    elif init_std == "haiku":
         torch.nn.init.trunc_normal_(weight, std=bound, a=-2 * bound, b=2 * bound, generator=generator)
     else:
-        weight.normal_(0.0, protocol.init_std, generator=generator)
+        weight.normal_(0.0, init_std, generator=generator)
     bias = torch.zeros(num_classes, dtype=dtype)
-    if not protocol.zero_bias:
+    if not zero_bias:
         bias.uniform_(-bound, bound, generator=generator)
     return weight.to(device).requires_grad_(), bias.to(device).requires_grad_()
 
@@ -426,6 +480,23 @@ def _optimizer(parameters: list[Tensor], protocol: LinearProtocol) -> torch.opti
         nesterov=protocol.nesterov,
         weight_decay=protocol.weight_decay,
     )
+
+
+def head_accuracy(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> dict[str, float | None]:
+    """Top-1 and top-5 accuracy in percent of a saved head: weight (C, D) and bias (C,), features (n, D), labels (n,).
+
+    Raises:
+        InputError: features with NaN or of another width, labels missing or beyond the head's classes.
+    """
+    x = check_features(x, "test features")
+    if x.shape[1] != weight.shape[1]:
+        raise InputError(
+            f"the head takes features {weight.shape[1]} wide and the backbone's are {x.shape[1]}: the head belongs to "
+            "another backbone"
+        )
+    y = check_labels(y, len(x), len(weight), "test labels").to(x.device)
+    with full_precision(x.device):
+        return _accuracy(x, y, weight.to(x), bias.to(x))
 
 
 @torch.no_grad()
@@ -448,13 +519,30 @@ def _finite(loss: float, epoch: int, lr: float) -> float:
     return loss
 
 
+class TrainedHead(Protocol):
+    """What `save_head` writes: a `LinearResult`, or the result of a fine-tuning."""
+
+    @property
+    def top1(self) -> float: ...
+    @property
+    def top5(self) -> float | None: ...
+    @property
+    def best(self) -> dict[str, Any]: ...
+    @property
+    def last(self) -> dict[str, Any]: ...
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor: ...
+
+
 def save_head(
     path: str | Path,
-    result: LinearResult,
+    result: TrainedHead,
     *,
     classes: list[str] | None,
     backbone: str,
-    protocol: LinearProtocol,
+    protocol: BaseModel,
     seed: int,
     extra: dict[str, Any] | None = None,
 ) -> Path:

@@ -10,7 +10,8 @@ import torch
 
 from pipelines.errors import ConfigError, InputError
 from relssl.evaluators import features as blocks
-from relssl.evaluators.knn import knn_accuracy, weighted_knn
+from relssl.evaluators import knn
+from relssl.evaluators.knn import knn_accuracies, knn_accuracy, knn_protocol, weighted_knn
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "knn.npz"
 
@@ -154,3 +155,58 @@ def test_bad_input_is_named(name):
     } | change
     with pytest.raises(error, match=message):
         knn_accuracy(call.pop("train_x"), call.pop("train_y"), call.pop("test_x"), call.pop("test_y"), **call)
+
+
+@pytest.mark.parametrize("case", ["c10", "c100"])
+def test_every_k_of_the_published_classifier_in_one_pass(case):
+    golden = np.load(GOLDEN)
+    arrays = [
+        torch.from_numpy(golden[f"{case}__{name}"])
+        for name in ("train_features", "train_labels", "test_features", "test_labels")
+    ]
+    protocol = knn_protocol("resa")
+    assert list(protocol.k) == golden[f"{case}__ks"].tolist()
+    assert protocol.temperature == float(golden[f"{case}__T"])
+    found = knn_accuracies(*arrays, protocol=protocol, num_classes=int(golden[f"{case}__num_classes"]))
+    assert [scores["top1"] for scores in found] == pytest.approx(golden[f"{case}__top1"].tolist(), abs=1e-9)
+    assert [scores["top5"] for scores in found] == pytest.approx(golden[f"{case}__top5_strict"].tolist(), abs=1e-9)
+
+
+def test_several_k_are_each_what_it_would_be_alone(monkeypatch):
+    train_x, test_x = rows(60, 6, 0), rows(23, 6, 1)
+    train_y, test_y = torch.arange(60) % 7, torch.arange(23) % 7
+    protocol = knn_protocol(None, k=(9, 1, 20))
+    for block in (8_192, 5):
+        monkeypatch.setattr(knn, "VOTE_BLOCK", block)
+        found = knn_accuracies(train_x, train_y, test_x, test_y, protocol=protocol)
+        assert found == [knn_accuracy(train_x, train_y, test_x, test_y, k=k) for k in (9, 1, 20)]
+
+
+def test_equal_votes_by_euclidean_distance():
+    """The CIFAR code of ReSA: torch.cdist, five nearest, the most frequent label, the lowest of equals."""
+    generator = torch.Generator().manual_seed(0)
+    train_x = 30 + torch.randn(80, 5, generator=generator) * torch.tensor([1.0, 9, 1, 4, 1])
+    test_x = 30 + torch.randn(40, 5, generator=generator) * torch.tensor([1.0, 9, 1, 4, 1])
+    train_y = torch.randint(6, (80,), generator=generator)
+    test_y = torch.randint(6, (40,), generator=generator)
+    nearest = torch.cdist(test_x.double(), train_x.double()).topk(5, largest=False).indices
+    predicted = torch.stack([train_y[row].bincount(minlength=6).argmax() for row in nearest])
+    expected = 100 * float((predicted == test_y).double().mean())
+    (found,) = knn_accuracies(train_x, train_y, test_x, test_y, protocol=knn_protocol("resa_cifar"))
+    assert found["top1"] == pytest.approx(expected)
+    (weighted,) = knn_accuracies(train_x, train_y, test_x, test_y, protocol=knn_protocol(None, k=(5,)))
+    assert weighted != found
+
+
+def test_named_settings_are_those_of_the_released_codes():
+    assert knn_protocol("dino").k == (10, 20, 100, 200)
+    assert knn_protocol("dino").temperature == knn_protocol("resa").temperature == 0.07
+    assert knn_protocol("dino", k=(3,)).name == "dino (changed)"
+    assert (knn_protocol(None, k=(3,)).name, knn_protocol(None, k=(3,)).k) == ("weighted kNN", (3,))
+    with pytest.raises(ConfigError, match="unknown kNN protocol: 'dina'; did you mean 'dino'"):
+        knn_protocol("dina")
+    with pytest.raises(ConfigError, match="kNN: k"):
+        knn_protocol("dino", k=())
+    train = rows(30, 4, 0), torch.arange(30) % 3
+    with pytest.raises(ConfigError, match=r"k = 100 neighbours asked for, .* 30"):
+        knn_accuracies(*train, *train, protocol=knn_protocol("dino"))

@@ -15,6 +15,8 @@ from relssl.evaluators.linear import (
     PROTOCOLS,
     LinearProtocol,
     cached_batches,
+    head_accuracy,
+    initial_head,
     linear_protocol,
     load_head,
     save_head,
@@ -360,3 +362,69 @@ def test_summarise():
     assert summarise([40.0])["std"] == 0.0
     assert summarise([None, None]) is None
     assert summarise([]) is None
+
+
+def test_exponential_decay_equals_torchs_scheduler_with_adam():
+    """The CIFAR code of ReSA: one factor from epoch to epoch, whole batches only."""
+    protocol = linear_protocol("resa_cifar", epochs=4, batch_size=16, dtype="fp64")
+    still = probe(protocol.model_copy(update={"lr": 1e-300, "final": 1e-301, "weight_decay": 0.0}))
+    layer = torch.nn.Linear(DIM, NUM_CLASSES, dtype=torch.float64)
+    layer.load_state_dict({"weight": still.weight, "bias": still.bias})
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2, weight_decay=5e-6)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=(1e-6 / 1e-2) ** (1 / 4))
+    batches = cached_batches(*blobs(50, 1), 16, 0, drop_last=True)
+    assert len(batches) == 3
+    for epoch in range(4):
+        for x, y in batches(epoch):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(layer(x.double()), y).backward()
+            optimizer.step()
+        schedule.step()
+    found = probe(protocol, train_batches=batches, num_batches_per_epoch=3)
+    torch.testing.assert_close(found.weight, layer.weight.detach(), rtol=0, atol=1e-9)
+
+
+def test_haikus_initial_weights_are_cut_at_two_standard_deviations():
+    weight, bias = initial_head(
+        400, 500, init_std="haiku", zero_bias=True, seed=0, device=torch.device("cpu"), dtype=torch.float64
+    )
+    assert 0.0999 < float(weight.detach().abs().max()) <= 2 / 400**0.5
+    assert float(weight.detach().std()) == pytest.approx(0.8796 * 400**-0.5, rel=0.01)  # of a normal cut at 2
+    assert not bias.any()
+
+
+def test_the_protocols_of_resa_cifar_and_relicv2():
+    cifar, relicv2 = linear_protocol("resa_cifar"), linear_protocol("relicv2")
+    assert (cifar.optimizer, cifar.lr, cifar.final, cifar.weight_decay) == ("adam", 1e-2, 1e-6, 5e-6)
+    assert (cifar.epochs, cifar.batch_size, cifar.init_std, cifar.select, cifar.augment) == (
+        500,
+        1000,
+        None,
+        "last",
+        False,
+    )
+    assert cifar.lr_at(0, 50) == 1e-2
+    assert cifar.lr_at(250 * 50 + 49, 50) == pytest.approx(1e-4)
+    assert relicv2.lr_at(0, 10) == pytest.approx(1.2)
+    assert (relicv2.nesterov, relicv2.init_std, relicv2.drop_last, relicv2.select) == (True, "haiku", True, "last")
+
+
+@pytest.mark.parametrize(("count", "expected"), [(50, [16, 16, 16]), (48, [16, 16, 16]), (9, [9])])
+def test_whole_batches_only_unless_there_is_one_only(count, expected):
+    batches = cached_batches(*blobs(count, 1), 16, 0, drop_last=True)
+    assert [len(y) for _, y in batches(0)] == expected
+    assert len(batches) == len(expected)
+
+
+def test_a_saved_head_is_tested_as_it_was(tmp_path):
+    result = probe(linear_protocol("cached", epochs=3, batch_size=16))
+    path = save_head(tmp_path / "h.safetensors", result, classes=None, backbone="conv4", protocol=QUICK, seed=0)
+    weight, bias, _ = load_head(path)
+    x, y = blobs(30, 2)
+    assert head_accuracy(x, y, weight, bias) == {"top1": result.top1, "top5": result.top5}
+    with pytest.raises(InputError, match="5 wide and the backbone's are 3"):
+        head_accuracy(x[:, :3], y, weight, bias)
+    with pytest.raises(InputError, match="label 5 found"):
+        head_accuracy(x, y, weight[:5], bias[:5])
+    with pytest.raises(InputError, match="NaN"):
+        head_accuracy(x * torch.nan, y, weight, bias)

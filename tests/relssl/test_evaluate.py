@@ -1,0 +1,480 @@
+"""Evaluating a run: entries in results.json, files beside the weights, few labels, other data, following a run."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+from PIL import Image
+
+from dataset_tools.convert import convert
+from pipelines import beton
+from pipelines.errors import ConfigError, InputError
+from relssl import checkpoint
+from relssl.cli import run as command
+from relssl.config import load_recipe
+from relssl.evaluate import (
+    Portion,
+    evaluate_finetune,
+    evaluate_heads,
+    evaluate_knn,
+    evaluate_linear,
+    evaluate_retrieval,
+    evaluated_as,
+    follow_run,
+    open_weights,
+)
+from relssl.evaluate import follow as following
+from relssl.evaluate.task import Task
+from relssl.evaluators.finetune import finetune_protocol
+from relssl.report import write_report
+from relssl.runfolder import RunFolder, read_results
+from relssl.train import _claimed, train
+from tests.relssl import tiny
+
+QUICK = {"epochs": 2, "batch_size": 16}
+
+
+@pytest.fixture(autouse=True)
+def log_as_found():
+    """Commands set up the program's log, which the next test neither hears nor writes to."""
+    logger = logging.getLogger("relssl")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of one epoch with three checkpoints; its data has names."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = tiny.write_recipe(folder)
+    for name in ("train", "test"):
+        with beton.open(folder / f"{name}.beton") as files:
+            pixels, labels = [files.decode(i) for i in range(len(files))], files.labels.tolist()
+        names = [f"{tiny.CLASSES[y]}/{tiny.CLASSES[y]}_{i}.png" for i, y in enumerate(labels)]
+        samples = list(zip(names, pixels, labels, strict=True))
+        convert(samples, folder / f"{name}.beton", classes=tiny.CLASSES, force=True)
+    options = ["train.epochs=1", "train.checkpoint.every_updates=1", "train.checkpoint.keep=9", "eval.online=null"]
+    train(load_recipe(recipe, options), folder / "run")
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return Path(shutil.copytree(trained / "run", tmp_path / "run"))
+
+
+def write_classes(path, labels, side=12, classes=None):
+    images = (np.full((side, side, 3), 20 * y + i, np.uint8) for i, y in enumerate(labels))
+    convert(((str(i), x, y) for i, (x, y) in enumerate(zip(images, labels, strict=True))), path, classes=classes)
+    return path
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# -- kNN
+
+
+def test_each_k_is_an_entry(run):
+    entries = evaluate_knn(open_weights(run), k=[3, 9])
+    assert [(e["protocol"]["name"], e["protocol"]["k"]) for e in entries] == [
+        ("weighted kNN, k = 3", 3),
+        ("weighted kNN, k = 9", 9),
+    ]
+    assert read_results(run) == entries
+    page = write_report(run).read_text()
+    assert "kNN (weighted kNN, k = 3) top-1" in page
+    with pytest.raises(ConfigError, match=r"k = 100 neighbours asked for, .* 48"):
+        evaluate_knn(open_weights(run), protocol="dino")
+
+
+def test_knn_has_a_view_of_its_own(trained, run):
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    recipe["eval"]["knn"] = {"k": 5, "view": {"size": 10, "box": "whole", "interpolation": "bicubic"}}
+    (run / "backbone.safetensors").unlink()  # its header has the recipe, too
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    (entry,) = evaluate_knn(open_weights(run))
+    assert (entry["view"]["size"], entry["view"]["interpolation"]) == (10, "bicubic")
+    assert evaluate_linear(open_weights(run), options=QUICK)["view"]["size"] == 12
+
+
+# -- few labels
+
+
+def test_a_share_of_the_labels(run):
+    entry = evaluate_linear(open_weights(run), options=QUICK, seeds=[0], portion=Portion(percent=25, seed=3))
+    assert (entry["num_train"], entry["subset"]) == (12, "25 %, draw 3")
+    assert (run / "head-cached-changed-25pct-draw3-seed0.safetensors").is_file()
+    (entry,) = evaluate_knn(open_weights(run), portion=Portion(percent=25))
+    assert (entry["num_train"], entry["subset"]) == (12, "25 %, draw 0")
+
+
+def test_a_published_list(run, tmp_path):
+    (tmp_path / "few.txt").write_text("dark_0.png\nlight_1.png\ndark_2.png\nlight_3.png\n")
+    portion = Portion(listing=tmp_path / "few.txt")
+    (entry,) = evaluate_knn(open_weights(run), k=3, portion=portion)
+    assert (entry["num_train"], entry["subset"]) == (4, "few.txt")
+    with pytest.raises(ConfigError, match=r"k = 5 neighbours asked for, .* 4\."):
+        evaluate_knn(open_weights(run), portion=portion)
+    (tmp_path / "few.txt").write_text("dark_0.png\ndark_2.png\n")
+    with pytest.raises(InputError, match=r"train.beton \(few.txt\) has no image of 1 of the classes of .*: light"):
+        evaluate_knn(open_weights(run), k=2, portion=portion)
+
+
+def test_two_ways_to_choose_labels_are_one_too_many(run, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="give one of them"):
+        Portion(percent=1, listing=tmp_path / "few.txt")
+    assert command(["eval", "linear", "--weights", str(run), "--percent", "1", "--subset", "x.txt"]) == 2
+    assert command(["eval", "knn", "--weights", str(run), "--percent", "1"]) == 2
+    assert "1 % of 48 images are 0, fewer than the 2 classes" in capsys.readouterr().err
+
+
+def test_classes_of_one_image_are_mentioned(run, caplog):
+    with caplog.at_level("INFO", logger="relssl.evaluate"):
+        evaluate_linear(open_weights(run), options=QUICK, seeds=[0], portion=Portion(percent=5))
+    assert "note: 2 classes have a single training image" in caplog.text
+
+
+# -- fine-tuning
+
+
+def finetune(run, **changes):
+    call = {"protocol": "plain", "options": QUICK, "seeds": [0]} | changes
+    return evaluate_finetune(open_weights(run), **call)
+
+
+def test_finetuning_keeps_weights_and_head(run):
+    entry = finetune(run, seeds=[0, 1], portion=Portion(percent=50))
+    assert (entry["evaluator"], entry["weights"], entry["num_train"]) == ("finetune", "pretrained", 24)
+    assert len(entry["top1"]["values"]) == 2
+    place = run / "finetuned-plain-changed-50pct-draw0-seed0.safetensors"
+    tuned, before = open_weights(place), open_weights(run)
+    assert (tuned.origin, tuned.epochs) == ("finetuned", 1)
+    assert not same_weights(tuned.backbone, before.backbone)
+    head = run / "finetuned-head-plain-changed-50pct-draw0-seed0.safetensors"
+    again = evaluate_heads(tuned, [head])
+    assert again["top1"]["values"] == entry["top1"]["values"][:1]
+    assert (again["evaluator"], again["weights"], again["subset"]) == ("finetune", "finetuned", "50 %, draw 0")
+    with pytest.raises(InputError, match="was trained on other weights of conv4 than these"):
+        evaluate_heads(before, [head])
+    page = write_report(run).read_text()
+    assert "fine-tuning (plain (changed)) top-1" in page
+    assert "saved head, fine-tuned weights" in page
+    assert "(backbone)" in page
+
+
+def test_finetuning_is_a_function_of_its_seed(run, trained, tmp_path):
+    other = Path(shutil.copytree(trained / "run", tmp_path / "other"))
+    first, second = finetune(run), finetune(other)
+    assert first["top1"] == second["top1"]
+    name = "finetuned-plain-changed-seed0.safetensors"
+    assert same_weights(open_weights(run / name).backbone, open_weights(other / name).backbone)
+    finetune(run, seeds=[1])
+    assert not same_weights(
+        open_weights(run / name).backbone, open_weights(run / name.replace("seed0", "seed1")).backbone
+    )
+
+
+def test_an_interrupted_finetuning_leaves_nothing(run, monkeypatch, capsys):
+    from relssl.evaluators import finetune as module
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_test", interrupted)
+    before = sorted(run.rglob("*"))
+    assert command(["eval", "finetune", "--weights", str(run), "--setting", "epochs=1"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("relssl")]
+
+
+def views_of(run, **changes):
+    """The training views that a fine-tuning by `protocol` would have, with eval.linear.`plan`."""
+    weights = open_weights(run)
+    plan = changes.get("plan")
+    linear = weights.recipe.eval.linear.model_copy(update={"plan": plan})
+    section = weights.recipe.eval.model_copy(update={"linear": linear})
+    weights.recipe = weights.recipe.model_copy(update={"eval": section})
+    with Task(weights, None, None, "cpu") as task:
+        (spec,) = task.training_views(finetune_protocol(changes["protocol"]).crop)
+        return spec
+
+
+def test_training_views_are_the_recipes_or_the_protocols(run):
+    plan = [{"size": 10, "flip": 0.1}]
+    assert (views_of(run, protocol="resa", plan=plan).size, views_of(run, protocol="resa", plan=plan).flip) == (10, 0.1)
+    spec = views_of(run, protocol="resa")
+    assert (spec.size, spec.box_kind, spec.box_options["scale"], spec.flip) == (12, "random_resized", (0.08, 1.0), 0.5)
+    assert (spec.interpolation, spec.antialias) == ("bilinear", True)
+    for other in (plan, None):
+        spec = views_of(run, protocol="relicv2", plan=other)
+        assert (spec.size, spec.box_kind, spec.interpolation, spec.antialias) == (12, "byol", "bicubic", False)
+    padded = [{"size": 12, "box": {"pad_crop": {"padding": 2}}}]
+    assert views_of(run, protocol="relicv2", plan=padded).box_kind == "pad_crop"
+
+
+def test_without_training_views_images_are_as_they_are_tested(run, caplog):
+    with caplog.at_level("INFO", logger="relssl.evaluate"):
+        finetune(run)
+        assert "the recipe has no training views for this protocol: random resized crops of 12 pixels" in caplog.text
+        caplog.clear()
+        finetune(run, protocol="relational")
+        assert "crops" not in caplog.text
+
+
+# -- saved heads
+
+
+def test_a_saved_head_is_tested_without_training(run, trained, tmp_path, capsys):
+    entry = evaluate_linear(open_weights(run), protocol="relational", options={"epochs": 2}, seeds=[0, 1])
+    heads = [run / f"head-relational-changed-seed{seed}.safetensors" for seed in (0, 1)]
+    again = evaluate_heads(open_weights(run), heads)
+    assert again["top1"] == entry["top1"]
+    assert again["protocol"]["name"] == "relational (changed), saved head"
+    assert (again["train"], again["num_train"], again["seeds"]) == ("train.beton", 48, [0, 1])
+    other = tiny.write_data(tmp_path / "other.beton", seed=8, count=20)
+    assert command(["eval", "linear", "--weights", str(run), "--head", str(heads[0]), "--test", str(other)]) == 0
+    assert "trained on train.beton; tested on other.beton" in capsys.readouterr().out
+    assert command(["eval", "linear", "--weights", str(run), "--head", str(heads[0]), "--percent", "1"]) == 2
+    assert "leave --percent out" in capsys.readouterr().err
+    assert [e["num_test"] for e in read_results(run)] == [48, 48, 20]
+
+
+def test_a_head_that_does_not_belong_is_refused(run, tmp_path):
+    evaluate_linear(open_weights(run), options=QUICK, seeds=[0])
+    evaluate_linear(open_weights(run), protocol="relational", options=QUICK, seeds=[0])
+    head = run / "head-cached-changed-seed0.safetensors"
+    with pytest.raises(InputError, match="was trained on other weights"):
+        evaluate_heads(open_weights(run, random_init=True), [head])
+    with pytest.raises(ConfigError, match=r"different protocols, cached .* and relational"):
+        evaluate_heads(open_weights(run), [head, run / "head-relational-changed-seed0.safetensors"])
+    three = write_classes(tmp_path / "three.beton", [0, 1, 2] * 4, classes=["a", "b", "c"])
+    with pytest.raises(InputError, match=r"tells 2 classes apart \(dark, light, ...\) and three.beton has 3"):
+        evaluate_heads(open_weights(run), [head], three)
+    unnamed = write_classes(tmp_path / "unnamed.beton", [0, 1, 2] * 4)
+    with pytest.raises(InputError, match="label 2 found, but there are only 2 classes"):
+        evaluate_heads(open_weights(run), [head], unnamed)
+
+
+# -- other data
+
+
+def test_across_data_sets(run, trained, tmp_path, capsys):
+    """Pre-trained on one, trained and tested on another, prepared as the other's recipe says."""
+    for name in ("b-train", "b-test"):
+        write_classes(tmp_path / f"{name}.beton", [0, 1, 2] * 8, side=16, classes=["x", "y", "z"])
+    recipe = tiny.recipe(trained)
+    recipe["views"]["normalize"] = {"mean": [0.4, 0.4, 0.4], "std": [0.2, 0.2, 0.2]}
+    recipe["eval"]["view"]["size"] = 16
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ["--train", str(tmp_path / "b-train.beton"), "--test", str(tmp_path / "b-test.beton")]
+    assert command(["eval", "linear", "--weights", str(run), *arguments, "--recipe", str(tmp_path / "b.yaml")]) == 0
+    assert "pre-trained on train.beton; trained on b-train.beton; tested on b-test.beton" in capsys.readouterr().out
+    (entry,) = read_results(run)
+    assert (entry["pretrained_on"], entry["train"], entry["test"]) == ("train.beton", "b-train.beton", "b-test.beton")
+    assert (entry["view"]["size"], entry["view"]["normalize"][0]) == (16, [0.4, 0.4, 0.4])
+    assert (run / "head-b-train-seed0.safetensors").is_file()
+    assert "pre-trained on train.beton; trained on b-train.beton" in write_report(run).read_text()
+
+
+def test_another_recipe_changes_evaluation_only(run, trained):
+    weights = open_weights(run)
+    recipe = load_recipe(trained / "tiny.yaml", ["eval.knn.k=2", "train.epochs=77"])
+    changed = evaluated_as(weights, recipe)
+    assert changed.recipe.eval.knn.k == 2
+    assert changed.recipe.train.epochs == weights.recipe.train.epochs == 1
+
+
+@pytest.mark.parametrize("names", [None, ["a", "b", "c"]])
+def test_other_classes_in_training_and_test_are_refused(run, tmp_path, names):
+    two = write_classes(tmp_path / "two.beton", [0, 1] * 6, classes=names and names[:2])
+    three = write_classes(tmp_path / "three.beton", [0, 1, 2] * 4, classes=names)
+    expected = (
+        r"different classes: 2 \(a, b\) against 3 \(a, b, c\)" if names else "no image of 1 of the classes of .*: 2"
+    )
+    for evaluate in (evaluate_knn, evaluate_linear, evaluate_finetune, evaluate_retrieval):
+        with pytest.raises(InputError, match=expected):
+            evaluate(open_weights(run), two, three)
+
+
+# -- retrieval
+
+
+def test_retrieval_is_an_entry_and_a_picture(run, trained):
+    entry = evaluate_retrieval(open_weights(run), k=(1, 3), num_queries=4)
+    assert list(entry["scores"]) == ["mAP", "R@1", "R@3"]
+    assert entry["top1"] is None
+    (knn,) = evaluate_knn(open_weights(run), k=1)
+    assert entry["scores"]["R@1"]["mean"] == pytest.approx(knn["top1"]["mean"])
+    with Image.open(run / "retrieval.png") as sheet:
+        assert sheet.height > sheet.width / 3
+    evaluate_retrieval(open_weights(run, random_init=True), k=(1, 3))
+    page = write_report(run).read_text()
+    assert "retrieval mAP" in page
+    assert "retrieval R@3" in page
+
+
+def test_retrieval_within_the_queries(run, tmp_path, capsys):
+    entry = evaluate_retrieval(open_weights(run), within=True, num_queries=0)
+    assert (entry["train"], entry["num_train"], entry["num_test"]) == (None, None, 48)
+    assert not (run / "retrieval.png").exists()
+    single = write_classes(tmp_path / "single.beton", [0, 0, 0, 1], classes=["many", "one"])
+    with pytest.raises(InputError, match=r"1 classes have a single image.*: one"):
+        evaluate_retrieval(open_weights(run), test=single, within=True, k=(1,))
+    assert command(["eval", "retrieval", "--weights", str(run), "--within", "--percent", "5"]) == 2
+    assert "leave --train, --percent and --subset out" in capsys.readouterr().err
+
+
+# -- checkpoints and following
+
+
+def test_a_checkpoint_can_be_evaluated_by_its_place(run):
+    first, *_, last = checkpoint.list_checkpoints(run / "checkpoints")
+    weights = open_weights(first)
+    assert (weights.update, weights.folder) == (1, run)
+    assert same_weights(open_weights(last).backbone, open_weights(run).backbone)
+    assert not same_weights(weights.backbone, open_weights(run).backbone)
+    (entry,) = evaluate_knn(weights)
+    assert entry["update"] == 1
+
+
+def updates(run):
+    return [entry["update"] for entry in read_results(run)]
+
+
+def knn_of(weights):
+    return evaluate_knn(weights, command="follow")
+
+
+def test_following_a_run_that_has_ended_goes_through_its_checkpoints_once(run):
+    assert follow_run(run, knn_of, command="follow") == 3
+    assert updates(run) == [1, 2, 3]
+    assert follow_run(run, knn_of, command="follow") == 0
+    assert "kNN top-1 of checkpoints" in write_report(run).read_text()
+
+
+def test_following_goes_on_where_it_stopped(run):
+    def interrupted(weights):
+        if weights.update == 2:
+            raise KeyboardInterrupt
+        return knn_of(weights)
+
+    with pytest.raises(KeyboardInterrupt):
+        follow_run(run, interrupted, command="follow")
+    assert updates(run) == [1]
+    assert follow_run(run, knn_of, command="follow") == 2
+    assert updates(run) == [1, 2, 3]
+
+
+def test_following_waits_while_the_run_trains(run, tmp_path, monkeypatch):
+    """The run writes its second and third checkpoint while it is followed, deletes the first, and ends."""
+    (run / "backbone.safetensors").unlink()
+    first, second, third = checkpoint.list_checkpoints(run / "checkpoints")
+    for path in (second, third):
+        shutil.move(path, tmp_path / path.name)
+    lock = FileLock(run / ".lock")
+    lock.acquire()
+
+    def appear():
+        shutil.move(tmp_path / second.name, second)
+
+    def appear_and_end():
+        shutil.rmtree(first)
+        shutil.move(tmp_path / third.name, third)
+        (run / "backbone.safetensors").touch()
+        lock.release()
+
+    meanwhile = [lambda: None, appear, appear_and_end]
+    monkeypatch.setattr(following.time, "sleep", lambda seconds: meanwhile.pop(0)())
+    assert follow_run(run, knn_of, command="follow") == 3
+    assert updates(run) == [1, 2, 3]
+    assert not meanwhile
+
+
+def test_a_checkpoint_deleted_while_it_is_read_is_let_go(run, monkeypatch, caplog):
+    original = checkpoint.load
+
+    def deleted(path):
+        if path.name.endswith("2"):
+            shutil.rmtree(path)
+        return original(path)
+
+    monkeypatch.setattr(checkpoint, "load", deleted)
+    with caplog.at_level("INFO", logger="relssl.evaluate"):
+        assert follow_run(run, knn_of, command="follow") == 2
+    assert updates(run) == [1, 3]
+    assert "is gone: the run deleted it" in caplog.text
+
+
+def test_a_damaged_checkpoint_is_passed_over_once(run, caplog):
+    path = checkpoint.list_checkpoints(run / "checkpoints")[1] / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with caplog.at_level("INFO", logger="relssl.evaluate"):
+        assert follow_run(run, knn_of, command="follow") == 2
+    assert caplog.text.count("passing over a checkpoint") == 1
+
+
+def test_what_cannot_be_followed_is_named(run, tmp_path, capsys):
+    with pytest.raises(InputError, match="not a run folder"):
+        follow_run(tmp_path, knn_of, command="follow")
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ConfigError, match="is not in training and has no checkpoint"):
+        follow_run(run, knn_of, command="follow")
+    assert command(["eval", "knn", "--weights", str(run), "--follow", str(run)]) == 2
+    assert command(["eval", "knn"]) == 2
+    assert command(["eval", "knn", "--follow", str(run), "--random-init"]) == 2
+    assert capsys.readouterr().err.count("give") == 3
+
+
+def test_a_run_is_followed_by_its_command(run, capsys):
+    assert command(["eval", "knn", "--follow", str(run), "--k", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "knn, pretrained conv4 at update 3, 48 train and 48 test images" in text
+    assert "3 checkpoints evaluated" in text
+
+
+def test_whether_a_run_is_in_training(run):
+    assert not following._is_in_training(run)
+    with FileLock(run / ".lock"):
+        assert following._is_in_training(run)
+    assert not following._is_in_training(run.parent)  # nothing to hold
+
+
+def test_a_trainer_bears_being_looked_at(run, monkeypatch):
+    """A look holds the run's lock for a moment; a trainer that starts just then tries again."""
+    look = FileLock(run / ".lock")
+    look.acquire()
+    monkeypatch.setattr(time, "sleep", lambda seconds: look.release())
+    folder = RunFolder(run)
+    with _claimed(folder, folder.recipe(), resume=True):
+        assert following._is_in_training(run)
+
+
+# -- results.json
+
+
+def test_evaluations_at_the_same_time_lose_nothing(tmp_path):
+    def add(evaluator):
+        for seed in range(10):
+            RunFolder(tmp_path).add_result({"evaluator": evaluator, "seeds": [seed]})
+
+    threads = [threading.Thread(target=add, args=(name,)) for name in ("knn", "linear")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(read_results(tmp_path)) == 20
