@@ -100,7 +100,10 @@ def listed(files: Any, path: Path) -> Subset:
         )
     unclear = [name for name, found in places.items() if len(found) > 1]
     if unclear:
-        raise InputError(f"{path}: several images in {where} have the name {_some(unclear)}; write their folders, too")
+        raise InputError(
+            f"{path}: {len(unclear)} of its names could each mean several images in {where}: {_some(unclear)}. Write "
+            f"their folders, too, as in {names[0]!r}"
+        )
     ids = np.unique([found[0] for found in places.values()])
     if len(ids) < len(wanted):
         raise InputError(f"{path}: {len(wanted) - len(ids)} images stand in it twice, with their folder and without")
@@ -173,4 +176,4 @@ def _place(files: Any) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > _SHOWN else "")
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -140,8 +140,13 @@ def _check_head(path: Path, about: dict[str, Any], weights: Weights, task: Task)
     if about.get("backbone") != backbone:
         raise InputError(f"{path} was trained on the features of {about.get('backbone')}; the weights are {backbone}")
     digest = about.get("weights")
-    if digest is None:
-        log.info("note: %s does not say on which weights it was trained (an earlier version wrote it)", path)
+    if digest is None:  # written by an earlier version
+        if path.resolve().parent != weights.folder.resolve():
+            raise InputError(
+                f"{path} does not say on which weights it was trained, and does not lie beside these in "
+                f"{weights.folder}; train it again with this version"
+            )
+        log.info("note: %s does not say on which weights it was trained; it lies beside these", path)
     elif digest != digest_of(weights.backbone):
         raise InputError(
             f"{path} was trained on other weights of {backbone} than these; give the run or the file that it came "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import threading
@@ -14,6 +15,7 @@ import torch
 import yaml
 from filelock import FileLock
 from PIL import Image
+from safetensors.torch import save_file
 
 from dataset_tools.convert import convert
 from pipelines import beton
@@ -35,6 +37,7 @@ from relssl.evaluate import (
 from relssl.evaluate import follow as following
 from relssl.evaluate.task import Task
 from relssl.evaluators.finetune import finetune_protocol
+from relssl.evaluators.linear import load_head
 from relssl.report import write_report
 from relssl.runfolder import RunFolder, read_results
 from relssl.train import _claimed, train
@@ -250,6 +253,19 @@ def test_a_saved_head_is_tested_without_training(run, trained, tmp_path, capsys)
     assert command(["eval", "linear", "--weights", str(run), "--head", str(heads[0]), "--percent", "1"]) == 2
     assert "leave --percent out" in capsys.readouterr().err
     assert [e["num_test"] for e in read_results(run)] == [48, 48, 20]
+
+
+def test_a_head_of_an_earlier_version_is_believed_beside_its_weights_only(run, tmp_path):
+    evaluate_linear(open_weights(run), options=QUICK, seeds=[0])
+    head = run / "head-cached-changed-seed0.safetensors"
+    weight, bias, about = load_head(head)
+    del about["weights"]
+    header = {"relssl": json.dumps(about)}
+    for place in (head, tmp_path / "head.safetensors"):
+        save_file({"weight": weight, "bias": bias}, place, metadata=header)
+    assert evaluate_heads(open_weights(run), [head])["top1"]["mean"] > 0
+    with pytest.raises(InputError, match="does not say on which weights it was trained, and does not lie beside these"):
+        evaluate_heads(open_weights(run), [tmp_path / "head.safetensors"])
 
 
 def test_a_head_that_does_not_belong_is_refused(run, tmp_path):
