@@ -26,7 +26,8 @@ from PIL import Image
 
 from pipelines.errors import InputError
 from relssl import __version__
-from relssl.charts import Series, from_to, line_chart, share_bar, short_number
+from relssl.charts import CHART_STYLE, Series, from_to, line_chart, share_bar, short_number
+from relssl.report_analysis import analysis_context
 
 MAX_BYTES = 2_000_000
 PICTURE_BUDGETS = (
@@ -35,7 +36,8 @@ PICTURE_BUDGETS = (
     80_000,
 )  # characters per picture; the next is tried when a page comes out too large
 TEXT_LIMIT = 60_000
-DISPLAY = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuning"}
+DISPLAY = {"knn": "kNN", "linear": "linear", "probe": "fast probe", "finetune": "fine-tuning"}
+OWN_SECTIONS = ("analysis", "fewlabel")
 METHODS = {"ressl": "ReSSL", "wcl": "WCL", "relicv2": "ReLICv2", "resa": "ReSA", "simclr": "SimCLR"}
 PARTS = ("wait", "forward", "backward", "optimizer", "evaluate", "other")
 PLAIN_KEYS = {"kind", "update", "epoch", "loss", "lr", "images_per_second", "seconds", "unreadable_images"}
@@ -78,19 +80,27 @@ def results_table(results: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     for measure in _measures(results):
         before, after = measure.accuracy("random", "top1"), measure.accuracy("pretrained", "top1")
         if before or after:
-            rows.append([measure.label, _accuracy_text(before), _accuracy_text(after), _gain_text(before, after)])
+            rows.append([measure.label, accuracy_text(before), accuracy_text(after), _gain_text(before, after)])
     return rows
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as aligned plain text: first column to the left, others to the right, a rule under the header."""
+    """Rows as aligned plain text: numbers to the right, all else to the left, a rule under the header."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    left = [place == 0 or not _is_numeric(row[place] for row in rows[1:]) for place in range(len(widths))]
     lines = []
     for row in rows:
-        cells = [row[0].ljust(widths[0])] + [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
+        cells = [
+            text.ljust(width) if to_left else text.rjust(width)
+            for text, width, to_left in zip(row, widths, left, strict=True)
+        ]
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
     return "\n".join(lines)
+
+
+def _is_numeric(cells: Iterable[str]) -> bool:
+    return all(cell[:1].isdigit() or cell[:1] in ("", "+", "-", "–") for cell in cells)
 
 
 # Reading ---------------------------------------------------------------------------------------------
@@ -208,9 +218,11 @@ class _Measure:
 def _measures(results: Iterable[Mapping[str, Any]]) -> list[_Measure]:
     groups: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
     for entry in results:
+        if entry.get("evaluator") in OWN_SECTIONS:
+            continue
         key: tuple[str, ...] = (
             str(entry.get("evaluator")),
-            _protocol_name(entry),
+            protocol_name(entry),
             str(entry.get("train")),
             str(entry.get("test")),
         )
@@ -226,7 +238,7 @@ def _measures(results: Iterable[Mapping[str, Any]]) -> list[_Measure]:
     return sorted(measures, key=lambda m: order.index(m.evaluator) if m.evaluator in order else len(order))
 
 
-def _protocol_name(entry: Mapping[str, Any]) -> str:
+def protocol_name(entry: Mapping[str, Any]) -> str:
     protocol = entry.get("protocol")
     if not isinstance(protocol, Mapping):
         return ""
@@ -239,7 +251,7 @@ def _distinguishing(key: tuple[str, ...], keys: list[tuple[str, ...]]) -> list[s
     return [key[i] for i in (1, 2, 3) if len({rival[i] for rival in rivals}) > 1]
 
 
-def _accuracy_text(accuracy: Mapping[str, Any] | None) -> str:
+def accuracy_text(accuracy: Mapping[str, Any] | None) -> str:
     if accuracy is None:
         return "–"
     several = len(accuracy.get("values") or []) > 1
@@ -254,12 +266,14 @@ def _gain_text(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
     return f"{after['mean'] - before['mean']:+.2f}" if before and after else "–"
 
 
-def _protocol_text(entry: Mapping[str, Any]) -> str:
+def protocol_text(entry: Mapping[str, Any]) -> str:
     """One sentence with the numbers that a reader of an accuracy needs."""
     p = entry.get("protocol")
     p = p if isinstance(p, Mapping) else {}
     if entry.get("evaluator") == "knn":
         told = [f"weighted, k = {p.get('k', 20)}, temperature {p.get('temperature', 0.07)}"]
+    elif entry.get("evaluator") == "probe":
+        told = _probe_text(entry, p)
     else:
         told = [str(p["name"])] if "name" in p else []
         told += [f"{str(p['optimizer']).upper()} lr {p.get('lr')}"] if "optimizer" in p else []
@@ -276,6 +290,23 @@ def _protocol_text(entry: Mapping[str, Any]) -> str:
     if entry.get("test"):
         told.append(f"tested on {entry['test']}{_count(entry.get('num_test'))}")
     return "; ".join(told)
+
+
+def _probe_text(entry: Mapping[str, Any], protocol: Mapping[str, Any]) -> list[str]:
+    """The grid, how its best head was picked, and the check beside it."""
+    axes = [protocol.get(axis) or [] for axis in ("lr", "weight_decay", "layer")]
+    told = [f"{math.prod(map(len, axes))} linear heads on standardised features"]
+    told.append(f"picked on {100 * (_number(protocol.get('held_out')) or 0):g} % of the training images, held out")
+    picked = entry.get("picked")
+    first = picked[0] if isinstance(picked, list) and picked and isinstance(picked[0], Mapping) else {}
+    if "lr" in first and "weight_decay" in first:
+        layer = f", layer {first.get('layer')}" if len(axes[2]) > 1 else ""
+        told[-1] += f" (lr {first['lr']:g}, weight decay {first['weight_decay']:g}{layer})"
+    told.append("then trained on all and tested once" if protocol.get("refit") else "then tested once")
+    check = entry.get("check")
+    if isinstance(check, Mapping) and isinstance(check.get("top1"), Mapping):
+        told.append(f"{check.get('name')} as a check: {accuracy_text(check['top1'])} %")
+    return told
 
 
 def _count(value: Any) -> str:
@@ -307,7 +338,7 @@ def _paper(run: _Run, measures: Sequence[_Measure]) -> dict[str, Any] | None:
 
 
 def _own_protocol(entry: Mapping[str, Any]) -> bool:
-    name = _protocol_name(entry)
+    name = protocol_name(entry)
     return name in ("", "custom") or name.startswith("cached") or name.endswith("(changed)")
 
 
@@ -325,8 +356,8 @@ def _result_rows(measures: Sequence[_Measure], paper: dict[str, Any] | None) -> 
                 {
                     "label": f"{measure.label} {name}",
                     "main": which == "top1",
-                    "before": _accuracy_text(before),
-                    "after": _accuracy_text(after),
+                    "before": accuracy_text(before),
+                    "after": accuracy_text(after),
                     "gain": _gain_text(before, after),
                     "paper": value,
                     "track": from_to(_mean(before), _mean(after), value if comparable else None),
@@ -446,20 +477,25 @@ def _context(run: _Run, picture_budget: int) -> dict[str, Any]:
     method, data, folder = str(run.get("method", "name") or ""), _data_name(run), run.path.resolve().name
     command = run.env.get("command") or run.get("about", "command")
     notes = list(run.notes)
+    analysis = analysis_context(run.path, run.results, notes)
+    neighbours = analysis.pop("neighbours")
     return {
+        "analysis": analysis,
+        "chart_style": Markup(CHART_STYLE),
         "title": f"{METHODS.get(method, method)} on {data}" if method and data else f"Run {folder}",
         "folder": folder,
         "facts": _facts(run),
         "status": _status(run),
         "tiles": _tiles(run, measures),
         "rows": _result_rows(measures, paper),
-        "protocols": [{"label": m.label, "text": _protocol_text(m.any_entry)} for m in measures],
+        "protocols": [{"label": m.label, "text": protocol_text(m.any_entry)} for m in measures],
         "paper": paper,
         "measured": run.get("about", "measured"),
         "charts": _charts(run),
         "time": _time(run),
         "views_picture": _data_uri(run.path / "views.png", picture_budget, notes),
-        "neighbours_picture": _data_uri(run.path / "neighbours.png", picture_budget, notes),
+        "neighbours_picture": _data_uri(neighbours or run.path / "neighbours.png", picture_budget, notes),
+        "neighbours_text": _neighbours_text(analysis["weights"] if neighbours else ""),
         "env": [(key, _plain(value)) for key, value in run.env.items() if key not in ("command", "argv")],
         "config": _cut(run.config_text),
         "command": _cut(str(command)) if command else None,
@@ -467,6 +503,16 @@ def _context(run: _Run, picture_budget: int) -> dict[str, Any]:
         "version": __version__,
         "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def _neighbours_text(weights: str) -> str:
+    """`weights` are those of an analysis, whose queries are test images; empty for the sheet that training draws."""
+    if not weights:
+        return "Images whose features are nearest to the query's, by cosine similarity; no label was used to find them."
+    return (
+        f"Test images, and the training images whose {weights} features are nearest by cosine similarity, with that "
+        "similarity beneath; no label was used to find them. Green: the query's class, orange: another."
+    )
 
 
 def _data_name(run: _Run) -> str:

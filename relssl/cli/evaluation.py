@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from relssl.cli.base import Device, command_line, set_up_log, whole_numbers
 
-eval_app = typer.Typer(help="Evaluate a backbone: knn, linear.", no_args_is_help=True)
+eval_app = typer.Typer(help="Evaluate a backbone: by a paper's protocol, or quickly.", no_args_is_help=True)
 
 
 @eval_app.command("knn")
@@ -29,7 +30,7 @@ def eval_knn(
     chosen = open_weights(weights, random_init=random_init)
     command = command_line()
     entry = evaluate_knn(chosen, train, test, k=k, temperature=temperature, device=device, command=command)
-    _show(entry, chosen.folder)
+    show(entry, chosen.folder)
 
 
 @eval_app.command("linear")
@@ -62,18 +63,23 @@ def eval_linear(
         device=device,
         command=command_line(),
     )
-    _show(entry, chosen.folder)
+    show(entry, chosen.folder)
 
 
-def _show(entry: dict[str, Any], folder: Path) -> None:
-    def text(score: dict[str, Any] | None) -> str:
-        if score is None:
-            return "-"
-        spread = f" ± {score['std']:.2f} ({len(score['values'])} seeds)" if len(score["values"]) > 1 else ""
-        return f"{score['mean']:.2f} %{spread}"
+def score_text(score: dict[str, Any] | None) -> str:
+    """An accuracy of results.json in words."""
+    if score is None:
+        return "-"
+    spread = f" ± {score['std']:.2f} ({len(score['values'])} seeds)" if len(score["values"]) > 1 else ""
+    return f"{score['mean']:.2f} %{spread}"
 
-    typer.echo(
-        f"{entry['evaluator']}, {entry['weights']} {entry['backbone']}, {entry['num_train']} train and "
-        f"{entry['num_test']} test images: top-1 {text(entry['top1'])}, top-5 {text(entry['top5'])}"
-    )
-    typer.echo(f"results: {folder / 'results.json'}\nnext: relssl report {folder}")
+
+def show(entry: dict[str, Any], folder: Path, more: Sequence[str] = ()) -> None:
+    """Print an entry of results.json, what else there is to say, and where it all is."""
+    num_test = "no" if entry["num_test"] is None else entry["num_test"]
+    images = f"{entry['num_train']} train and {num_test} test images"
+    line = f"{entry['evaluator']}, {entry['weights']} {entry['backbone']}, {images}"
+    if entry["top1"] is not None:
+        line += f": top-1 {score_text(entry['top1'])}, top-5 {score_text(entry['top5'])}"
+    for text in (line, *more, f"results: {folder / 'results.json'}", f"next: relssl report {folder}"):
+        typer.echo(text)

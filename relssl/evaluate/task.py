@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines import beton
 from pipelines.errors import ConfigError, InputError
+from pipelines.views import ViewSpec
 from relssl.encode import encode, feature_loader, frozen_copy
 from relssl.evaluate.weights import Weights
 from relssl.evaluators.features import summarise
@@ -21,36 +22,47 @@ log = logging.getLogger("relssl.evaluate")
 
 
 class Task:
-    """The data of one evaluation and the features already extracted from it."""
+    """The data of one evaluation and the features already extracted from it.
 
-    def __init__(self, weights: Weights, train: Path | None, test: Path | None, device: str):
+    With `needs_labels` false the data may lack labels (then `labelled` is false) and there may be no test set.
+    """
+
+    def __init__(
+        self, weights: Weights, train: Path | None, test: Path | None, device: str, *, needs_labels: bool = True
+    ):
         self.weights = weights
         self.device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         self.backbone = frozen_copy(weights.backbone, self.device)
         data = weights.recipe.data
         test_place = test or data.test
-        if test_place is None:
+        if test_place is None and needs_labels:
             raise ConfigError("no test data: give --test FILE.beton, or set data.test in the recipe")
-        places: dict[str, Any] = {"train": train or data.probe or data.train, "test": test_place}
+        places: dict[str, Any] = {"train": train or data.probe or data.train}
+        if test_place is not None:
+            places["test"] = test_place
         self.sets: dict[str, Any] = {}
         try:
-            self._open(places)
+            self._open(places, needs_labels)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, places: dict[str, Any]) -> None:
+    def _open(self, places: dict[str, Any], needs_labels: bool) -> None:
         for name, place in places.items():
             self.sets[name] = beton.open(place)
         self.names = {name: _short(place) for name, place in places.items()}
         self._features: dict[str, tuple[Tensor, Tensor]] = {}
+        self.num_classes = 0
         labels = {name: files.labels for name, files in self.sets.items()}
+        self.labelled = len(labels) == 2 and all((values >= 0).all() for values in labels.values())
+        if not self.labelled and not needs_labels:
+            return
         for name, values in labels.items():
             if (values < 0).any():
                 raise InputError(
                     f"{self.names[name]}: {int((values < 0).sum())} of {len(values)} images have no label, and this "
-                    "evaluation compares labels. Convert a labelled source (one folder per class), or look at the "
-                    "label-free measures in the run's report"
+                    "evaluation compares labels. Convert a labelled source (one folder per class), or use "
+                    "`relssl eval analyse`, which does without"
                 )
         classes = {name: files.classes for name, files in self.sets.items()}
         if classes["train"] and classes["test"] and list(classes["train"]) != list(classes["test"]):
@@ -73,22 +85,26 @@ class Task:
     def features(self, name: str) -> tuple[Tensor, Tensor]:
         """(N, D) float32 features and (N,) labels of the un-augmented images, extracted once."""
         if name not in self._features:
-            recipe = self.weights.recipe
             log.info("features of %d %s images", len(self.sets[name]), name)
-            with contextlib.closing(
-                feature_loader(
-                    self.sets[name],
-                    recipe.eval_spec(),
-                    batch_size=recipe.eval.batch_size,
-                    device=self.device,
-                    engine=recipe.data.engine,
-                    resize=recipe.data.resize,
-                    workers=recipe.data.workers,
-                )
-            ) as loader:
-                features, labels = encode(self.backbone.float(), loader)
-            self._features[name] = features.float(), labels
+            self._features[name] = self.extract(self.sets[name], self.weights.recipe.eval_spec(), self.backbone)
         return self._features[name]
+
+    def extract(self, files: Any, spec: ViewSpec, backbone: nn.Module) -> tuple[Tensor, Tensor]:
+        """(N, D) float32 features by `backbone` of one view of every image, and (N,) labels, in file order."""
+        recipe = self.weights.recipe
+        with contextlib.closing(
+            feature_loader(
+                files,
+                spec,
+                batch_size=recipe.eval.batch_size,
+                device=self.device,
+                engine=recipe.data.engine,
+                resize=recipe.data.resize,
+                workers=recipe.data.workers,
+            )
+        ) as loader:
+            features, labels = encode(backbone.float(), loader)
+        return features.float(), labels
 
     def write(
         self,
@@ -98,7 +114,9 @@ class Task:
         protocol: dict[str, Any],
         seeds: list[int],
         command: str,
+        extra: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
+        """Add an entry to results.json and return it; `extra` goes into it as it is."""
         recipe = self.weights.recipe
         entry = {
             "evaluator": evaluator,
@@ -108,10 +126,10 @@ class Task:
             "seeds": seeds,
             "protocol": protocol,
             "train": self.names["train"],
-            "test": self.names["test"],
-            "data": [self.sets[name].content_hash for name in ("train", "test")],
+            "test": self.names.get("test"),
+            "data": [files.content_hash for files in self.sets.values()],
             "num_train": len(self.sets["train"]),
-            "num_test": len(self.sets["test"]),
+            "num_test": len(self.sets["test"]) if "test" in self.sets else None,
             "backbone": recipe.backbone.name,
             "method": recipe.method_name,
             "epochs": self.weights.epochs,
@@ -120,6 +138,7 @@ class Task:
             "train_seed": recipe.train.seed,
             "command": command,
             "date": now(),
+            **(extra or {}),
         }
         RunFolder(self.weights.folder).add_result(entry)
         return entry
