@@ -67,7 +67,7 @@ class _Cell:
 def _named_cell(cell: _Cell, side: float) -> Markup:
     """A square with its percentage, where it is not nothing, and its counts as a tooltip."""
     text = Markup("")
-    if cell.share >= 0.5:
+    if round(cell.share):
         text = Markup('<text class="cell {}" x="{:.1f}" y="{:.1f}" text-anchor="middle">{:.0f}</text>').format(
             "onfill" if cell.strength > 0.7 else "ink", cell.x + side / 2, cell.y + side / 2 + 4, cell.share
         )

@@ -478,7 +478,7 @@ def _context(run: _Run, picture_budget: int) -> dict[str, Any]:
     command = run.env.get("command") or run.get("about", "command")
     notes = list(run.notes)
     analysis = analysis_context(run.path, run.results, notes)
-    neighbours = analysis.pop("neighbours")
+    sheet = analysis["neighbours"]
     return {
         "analysis": analysis,
         "chart_style": Markup(CHART_STYLE),
@@ -494,8 +494,8 @@ def _context(run: _Run, picture_budget: int) -> dict[str, Any]:
         "charts": _charts(run),
         "time": _time(run),
         "views_picture": _data_uri(run.path / "views.png", picture_budget, notes),
-        "neighbours_picture": _data_uri(neighbours or run.path / "neighbours.png", picture_budget, notes),
-        "neighbours_text": _neighbours_text(analysis["weights"] if neighbours else ""),
+        "neighbours_picture": _data_uri(sheet["path"] if sheet else run.path / "neighbours.png", picture_budget, notes),
+        "neighbours_text": _neighbours_text(sheet),
         "env": [(key, _plain(value)) for key, value in run.env.items() if key not in ("command", "argv")],
         "config": _cut(run.config_text),
         "command": _cut(str(command)) if command else None,
@@ -505,14 +505,14 @@ def _context(run: _Run, picture_budget: int) -> dict[str, Any]:
     }
 
 
-def _neighbours_text(weights: str) -> str:
-    """`weights` are those of an analysis, whose queries are test images; empty for the sheet that training draws."""
-    if not weights:
-        return "Images whose features are nearest to the query's, by cosine similarity; no label was used to find them."
-    return (
-        f"Test images, and the training images whose {weights} features are nearest by cosine similarity, with that "
-        "similarity beneath; no label was used to find them. Green: the query's class, orange: another."
-    )
+def _neighbours_text(analysis: Mapping[str, Any] | None) -> str:
+    """What the sheet shows: of an analysis, or (None) the one that training draws."""
+    found = "by cosine similarity; no label was used to find them."
+    if analysis is None:
+        return f"Images whose features are nearest to the query's, {found}"
+    asked = "Test images, and the training images" if analysis["queries"] == "test" else "Training images, and those"
+    colours = " Green: the query's class, orange: another." if analysis["labelled"] else ""
+    return f"{asked} whose {analysis['weights']} features are nearest {found}{colours}"
 
 
 def _data_name(run: _Run) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from relssl.charts import Series, line_chart
-from relssl.class_charts import confusion_chart, map_chart
+from relssl.class_charts import MOST_IN_LEGEND, confusion_chart, map_chart
 
 WEIGHTS = ("random", "pretrained")
 NAMES = {"random": "random initialisation", "pretrained": "pre-trained"}
@@ -35,7 +35,7 @@ def analysis_context(folder: Path, results: Sequence[Mapping[str, Any]], notes: 
         "label_free": _label_free(analyses),
         "classes": _classes(folder, shown, notes),
         "map": _map(folder, shown, notes),
-        "neighbours": _file(folder, shown, "neighbours"),
+        "neighbours": _neighbours(folder, shown),
         "weights": NAMES.get(str(shown.get("weights")), "") if shown else "",
     }
 
@@ -114,7 +114,8 @@ def _label_free(analyses: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | N
             about = ""
         cells = [format(v, digits) if isinstance(v, (int, float)) else "–" for v in found.values()]
         rows.append({"name": name, "about": about, "cells": cells})
-    return {"columns": [NAMES[w] for w in values], "rows": rows}
+    data = dict.fromkeys(str(analyses[w].get("train")) for w in values)
+    return {"columns": [NAMES[w] for w in values], "rows": rows, "data": ", ".join(data)}
 
 
 def _classes(folder: Path, entry: Mapping[str, Any], notes: list[str]) -> dict[str, Any] | None:
@@ -166,10 +167,20 @@ def _map(folder: Path, entry: Mapping[str, Any], notes: list[str]) -> dict[str, 
         chart = map_chart(content["x"], content["y"], content["label"], content["classes"])
         kind = {"umap": "UMAP", "tsne": "t-SNE"}[content["kind"]]
         images = f"{len(content['x']):,} {content['images']} images"
+        if content["classes"] and len(content["classes"]) > MOST_IN_LEGEND:
+            images += f", a colour for each of {len(content['classes'])} classes"
         return {"chart": chart, "text": f"{kind} of the features of {images}, seed {content['seed']}"}
     except (KeyError, TypeError, IndexError, ValueError) as error:
         notes.append(f"{entry['files']['map']} does not hold a map and was left out: {error!r}")
         return None
+
+
+def _neighbours(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    path, about = _file(folder, entry, "neighbours"), entry.get("neighbours")
+    if path is None or not isinstance(about, Mapping):
+        return None
+    weights = NAMES.get(str(entry.get("weights")), "")
+    return {"path": path, "queries": about.get("queries"), "labelled": bool(about.get("labelled")), "weights": weights}
 
 
 def _json(folder: Path, entry: Mapping[str, Any], name: str, notes: list[str]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def analyse(
             log.info("no labels for train and test: no confusion matrix and no few-label curve")
         if chosen_map is not None:
             _draw_map(task, folder, chosen_map, map_images, seed, found["files"])
-        _draw_neighbours(task, folder, found["files"])
+        found["neighbours"] = _draw_neighbours(task, folder, found["files"])
         found["seconds"] = round(perf_counter() - start, 2)
         protocol = {
             "name": "analysis",
@@ -197,18 +197,22 @@ def _draw_map(task: Task, folder: Path, kind: MapKind, most: int, seed: int, fil
     files["map"] = _place(folder / "map.json")
 
 
-def _draw_neighbours(task: Task, folder: Path, files: dict[str, str]) -> None:
-    """Test images with the training images nearest to them; training images alone where there is no test set."""
+def _draw_neighbours(task: Task, folder: Path, files: dict[str, str]) -> dict[str, Any] | None:
+    """Test images with the training images nearest to them; training images alone where there is no test set.
+
+    Returns what the sheet shows, None where there are too few images for one.
+    """
     keys = task.features("train")[0]
     which = "test" if "test" in task.sets else "train"
     features, labels = task.features(which)
-    queries = _query_rows(labels, QUERIES)
-    k = min(NEIGHBOURS, len(keys) - (which == "train"))
-    if k < 1:
-        return
-    itself = queries if which == "train" else None
-    similarity, index = top_neighbours(normalise(features[queries]), normalise(keys), k=k, exclude=itself)
     asked, kept = task.sets[which], task.sets["train"]
+    queries = _query_rows(labels, QUERIES)
+    is_itself_there = which == "train" or (asked.content_hash is not None and asked.content_hash == kept.content_hash)
+    k = min(NEIGHBOURS, len(keys) - is_itself_there)
+    if k < 1:
+        return None
+    exclude = queries if is_itself_there else None
+    similarity, index = top_neighbours(normalise(features[queries]), normalise(keys), k=k, exclude=exclude)
     rows = [
         (asked.decode(query), [kept.decode(i) for i in found])
         for query, found in zip(queries.tolist(), index.tolist(), strict=True)
@@ -223,6 +227,7 @@ def _draw_neighbours(task: Task, folder: Path, files: dict[str, str]) -> None:
     picture.save(work)
     work.replace(folder / "neighbours.png")
     files["neighbours"] = _place(folder / "neighbours.png")
+    return {"queries": which, "labelled": task.labelled}
 
 
 def _query_rows(labels: Tensor, most: int) -> Tensor:

@@ -167,7 +167,7 @@ def test_random_weights_are_analysed_beside_the_trained_ones(capsys, run, quick)
     assert (run / "analysis-random/confusion.json").is_file()
     page = write_report(run).read_text()
     assert "alignment of two crops" in page
-    assert "<th>random initialisation</th><th>pre-trained</th><th></th>" in page
+    assert "<th>random initialisation</th><th>pre-trained</th></tr>" in page
 
 
 def test_an_analysis_without_labels(capsys, run, tmp_path):
