@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
@@ -18,18 +18,50 @@ MOST_POINTS = 240  # more are averaged in bins: a chart is 390 pixels wide
 
 Points = Sequence[tuple[float, float]]
 
+# Ten colours that can be told apart on light and dark ground.
+CLASS_COLOURS = (
+    "#4e79a7", "#f28e2b", "#e15759", "#59a14f", "#b07aa1", "#76b7b2", "#d4a017", "#ff9da7", "#9c755f", "#8b9099",
+)  # fmt: skip
+# What the pictures of this module and of `class_charts` look like; the page has the variables.
+CHART_STYLE = """
+text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
+.grid { stroke: var(--grid); } .tick { fill: var(--soft); }
+.ink { fill: var(--ink); } .ground { fill: var(--card); }
+.right { fill: var(--c1); } .wrong { fill: var(--c2); }
+.cell { font-size: 11px; } .onfill { fill: var(--card); }
+.dots { fill: none; stroke-linecap: round; stroke-width: 5; stroke-opacity: .75; }
+"""
+FILE_STYLE = """
+svg { --card: #ffffff; --ink: #1d2026; --soft: #62676f; --grid: #ececE8; --c1: #0b63b5; --c2: #c4570a;
+      background: #ffffff; }
+@media (prefers-color-scheme: dark) {
+  svg { --card: #1d2026; --ink: #e9eaec; --soft: #a2a8b2; --grid: #2a2e35; --c1: #62aef0; --c2: #f0975a;
+        background: #1d2026; }
+}
+"""
+
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `points` (x, y), x increasing; `marked` draws every point with its value as a tooltip."""
+    """One curve. `points` (x, y), x increasing; `marked` draws every point with its value as a tooltip.
+
+    `spread`, one number for each point, draws a faint band of so much above and below it.
+    """
 
     name: str
     points: Points
     marked: bool = False
+    spread: Sequence[float] = ()
 
 
 def line_chart(
-    series: Sequence[Series], *, x_label: str, label: str, x_end: float | None = None, from_zero: bool = False
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    label: str,
+    x_end: float | None = None,
+    from_zero: bool = False,
+    x_log: bool = False,
 ) -> Markup:
     """Curves over a common x axis; an empty string when there is nothing to draw.
 
@@ -39,16 +71,16 @@ def line_chart(
         label: what the chart shows, for readers that speak it.
         x_end: the x axis runs from 0 to here (further if the data does); None: only over the data.
         from_zero: the y axis starts at zero.
+        x_log: the x axis is logarithmic; x must be above zero.
     """
-    clean = [Series(s.name, _finite(s.points), s.marked) for s in series]
-    drawn = [s for s in clean if s.points]
+    drawn = [s for s in map(_finite, series) if s.points]
     if not drawn:
         return Markup("")
-    binned = [_binned(s.points) for s in drawn]
+    binned = [_binned(s) for s in drawn]
     xs = [x for s in drawn for x, _ in s.points] + ([] if x_end is None else [0.0, x_end])
     low = min(value for bins in binned for _, _, value, _ in bins)
     high = max(value for bins in binned for _, _, _, value in bins)
-    frame = _Frame(_extent(xs), nice_ticks(min(low, 0.0) if from_zero else low, high, 5))
+    frame = _Frame(_extent(xs), nice_ticks(min(low, 0.0) if from_zero else low, high, 5), x_log)
     parts = [_axes(frame, x_label)]
     parts += [_curve(frame, i, s, bins) for i, (s, bins) in enumerate(zip(drawn, binned, strict=True), start=1)]
     body = Markup("").join(parts)
@@ -108,6 +140,13 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten from `low` to `high`; over more than three decades the powers alone."""
+    factors = (1, 2, 5) if high / low <= 1000 else (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [t for d in decades for f in factors if low * (1 - 1e-9) <= (t := f * 10.0**d) <= high * (1 + 1e-9)]
+
+
 def short_number(value: float) -> str:
     """At most four significant digits: 0.03, 812, 12.5k, 3e-05."""
     size = abs(value)
@@ -118,16 +157,27 @@ def short_number(value: float) -> str:
     return "0" if size < 1e-300 else f"{value:.4g}"
 
 
+def standalone(picture: Markup) -> str:
+    """A chart of a page as a file of its own, with the colours that the page's style sheet would give it."""
+    opening, rest = str(picture).split(">", 1)
+    return f'{opening} xmlns="http://www.w3.org/2000/svg"><style>{FILE_STYLE}{CHART_STYLE}</style>{rest}'
+
+
 class _Frame:
     """Where numbers lie in the picture."""
 
-    def __init__(self, x_range: tuple[float, float], y_ticks: list[float]):
-        self.x0, self.x1 = x_range
+    def __init__(self, x_range: tuple[float, float], y_ticks: list[float], x_log: bool):
+        self.x_log = x_log
+        self.x0, self.x1 = map(self._scaled, x_range)
         self.y_ticks = y_ticks
-        self.x_ticks = [t for t in nice_ticks(self.x0, self.x1, 6) if self.x0 - 1e-9 <= t <= self.x1 + 1e-9]
+        ticks = log_ticks(*x_range) if x_log else nice_ticks(*x_range, 6)
+        self.x_ticks = [t for t in ticks if self.x0 - 1e-9 <= self._scaled(t) <= self.x1 + 1e-9]
 
     def x(self, value: float) -> float:
-        return LEFT + (value - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (self._scaled(value) - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
+
+    def _scaled(self, value: float) -> float:
+        return math.log10(value) if self.x_log else value
 
     def y(self, value: float) -> float:
         low, high = self.y_ticks[0], self.y_ticks[-1]
@@ -139,18 +189,23 @@ def _extent(values: Sequence[float]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _finite(points: Points) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+def _finite(series: Series) -> Series:
+    keep = [i for i, (x, y) in enumerate(series.points) if math.isfinite(x) and math.isfinite(y)]
+    spread = [series.spread[i] for i in keep] if series.spread else ()
+    return replace(series, points=[series.points[i] for i in keep], spread=spread)
 
 
-def _binned(points: Points) -> list[tuple[float, float, float, float]]:
+def _binned(series: Series) -> list[tuple[float, float, float, float]]:
     """(x, mean, lowest, highest) of at most MOST_POINTS groups of neighbouring points."""
+    points, spread = series.points, series.spread or [0.0] * len(series.points)
     size = math.ceil(len(points) / MOST_POINTS)
     out = []
     for start in range(0, len(points), size):
         group = points[start : start + size]
-        ys = [y for _, y in group]
-        out.append((sum(x for x, _ in group) / len(group), sum(ys) / len(ys), min(ys), max(ys)))
+        xs, ys = [x for x, _ in group], [y for _, y in group]
+        low = min(y - s for y, s in zip(ys, spread[start : start + size], strict=True))
+        high = max(y + s for y, s in zip(ys, spread[start : start + size], strict=True))
+        out.append((sum(xs) / len(xs), sum(ys) / len(ys), low, high))
     return out
 
 

@@ -26,7 +26,8 @@ from PIL import Image
 
 from pipelines.errors import InputError
 from relssl import __version__
-from relssl.charts import Series, from_to, line_chart, share_bar, short_number
+from relssl.charts import CHART_STYLE, Series, from_to, line_chart, share_bar, short_number
+from relssl.report_analysis import analysis_context
 
 MAX_BYTES = 2_000_000
 PICTURE_BUDGETS = (
@@ -35,7 +36,14 @@ PICTURE_BUDGETS = (
     80_000,
 )  # characters per picture; the next is tried when a page comes out too large
 TEXT_LIMIT = 60_000
-DISPLAY = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuning", "retrieval": "retrieval"}
+DISPLAY = {
+    "knn": "kNN",
+    "linear": "linear",
+    "probe": "fast probe",
+    "finetune": "fine-tuning",
+    "retrieval": "retrieval",
+}
+OWN_SECTIONS = ("analysis", "fewlabel")
 METHODS = {"ressl": "ReSSL", "wcl": "WCL", "relicv2": "ReLICv2", "resa": "ReSA", "simclr": "SimCLR"}
 PARTS = ("wait", "forward", "backward", "optimizer", "evaluate", "other")
 PLAIN_KEYS = {"kind", "update", "epoch", "loss", "lr", "images_per_second", "seconds", "unreadable_images"}
@@ -78,19 +86,27 @@ def results_table(results: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     for measure in _measures(results):
         before, after = measure.accuracy("random", "top1"), measure.accuracy("pretrained", "top1")
         if before or after:
-            rows.append([measure.label, _accuracy_text(before), _accuracy_text(after), _gain_text(before, after)])
+            rows.append([measure.label, accuracy_text(before), accuracy_text(after), _gain_text(before, after)])
     return rows
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as aligned plain text: first column to the left, others to the right, a rule under the header."""
+    """Rows as aligned plain text: numbers to the right, all else to the left, a rule under the header."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    left = [place == 0 or not _is_numeric(row[place] for row in rows[1:]) for place in range(len(widths))]
     lines = []
     for row in rows:
-        cells = [row[0].ljust(widths[0])] + [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
+        cells = [
+            text.ljust(width) if to_left else text.rjust(width)
+            for text, width, to_left in zip(row, widths, left, strict=True)
+        ]
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
     return "\n".join(lines)
+
+
+def _is_numeric(cells: Iterable[str]) -> bool:
+    return all(cell[:1].isdigit() or cell[:1] in ("", "+", "-", "–") for cell in cells)
 
 
 # Reading ---------------------------------------------------------------------------------------------
@@ -210,7 +226,9 @@ def _measures(results: Iterable[Mapping[str, Any]]) -> list[_Measure]:
     groups: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
     # of checkpoints only the newest counts, and only where nobody has evaluated what the run ended with
     for entry in sorted(results, key=lambda entry: _number(entry.get("update")) or math.inf):
-        weights, protocol = str(entry.get("weights")), _protocol_name(entry)
+        if entry.get("evaluator") in OWN_SECTIONS:
+            continue
+        weights, protocol = str(entry.get("weights")), protocol_name(entry)
         if weights == "finetuned":
             weights, protocol = "pretrained", f"{protocol}, fine-tuned weights"
         key = (str(entry.get("evaluator")), protocol, _data_of(entry, "train"), _data_of(entry, "test"))
@@ -237,7 +255,7 @@ def _data_of(entry: Mapping[str, Any], which: str) -> str:
     return f"{entry.get(which)}, {subset}" if subset else str(entry.get(which))
 
 
-def _protocol_name(entry: Mapping[str, Any]) -> str:
+def protocol_name(entry: Mapping[str, Any]) -> str:
     protocol = entry.get("protocol")
     if not isinstance(protocol, Mapping):
         return ""
@@ -250,7 +268,7 @@ def _distinguishing(key: tuple[str, ...], keys: list[tuple[str, ...]]) -> list[s
     return [key[i] for i in (1, 2, 3) if len({rival[i] for rival in rivals}) > 1]
 
 
-def _accuracy_text(accuracy: Mapping[str, Any] | None) -> str:
+def accuracy_text(accuracy: Mapping[str, Any] | None) -> str:
     if accuracy is None:
         return "–"
     several = len(accuracy.get("values") or []) > 1
@@ -265,7 +283,7 @@ def _gain_text(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
     return f"{after['mean'] - before['mean']:+.2f}" if before and after else "–"
 
 
-def _protocol_text(entry: Mapping[str, Any]) -> str:
+def protocol_text(entry: Mapping[str, Any]) -> str:
     """One sentence with the numbers that a reader of an accuracy needs."""
     p = entry.get("protocol")
     p = p if isinstance(p, Mapping) else {}
@@ -275,6 +293,8 @@ def _protocol_text(entry: Mapping[str, Any]) -> str:
         told += ["Euclidean distance"] if p.get("distance") == "euclidean" else []
     elif entry.get("evaluator") == "retrieval":
         told = ["nearest by cosine similarity; mAP over the whole gallery"]
+    elif entry.get("evaluator") == "probe":
+        told = _probe_text(entry, p)
     else:
         told = [str(p["name"])] if "name" in p else []
         rates = f"{p['lr_backbone']} (backbone), {p.get('lr_head')} (head)" if "lr_backbone" in p else p.get("lr")
@@ -295,6 +315,23 @@ def _protocol_text(entry: Mapping[str, Any]) -> str:
     if entry.get("test"):
         told.append(f"tested on {entry['test']}{_count(entry.get('num_test'))}")
     return "; ".join(told)
+
+
+def _probe_text(entry: Mapping[str, Any], protocol: Mapping[str, Any]) -> list[str]:
+    """The grid, how its best head was picked, and the check beside it."""
+    axes = [protocol.get(axis) or [] for axis in ("lr", "weight_decay", "layer")]
+    told = [f"{math.prod(map(len, axes))} linear heads on standardised features"]
+    told.append(f"picked on {100 * (_number(protocol.get('held_out')) or 0):g} % of the training images, held out")
+    picked = entry.get("picked")
+    first = picked[0] if isinstance(picked, list) and picked and isinstance(picked[0], Mapping) else {}
+    if "lr" in first and "weight_decay" in first:
+        layer = f", layer {first.get('layer')}" if len(axes[2]) > 1 else ""
+        told[-1] += f" (lr {first['lr']:g}, weight decay {first['weight_decay']:g}{layer})"
+    told.append("then trained on all and tested once" if protocol.get("refit") else "then tested once")
+    check = entry.get("check")
+    if isinstance(check, Mapping) and isinstance(check.get("top1"), Mapping):
+        told.append(f"{check.get('name')} as a check: {accuracy_text(check['top1'])} %")
+    return told
 
 
 def _count(value: Any) -> str:
@@ -334,7 +371,7 @@ def _assumptions(run: _Run) -> list[tuple[str, str]]:
 
 
 def _own_protocol(entry: Mapping[str, Any]) -> bool:
-    name = _protocol_name(entry)
+    name = protocol_name(entry)
     return name in ("", "custom") or name.startswith("cached") or name.endswith("(changed)")
 
 
@@ -353,8 +390,8 @@ def _result_rows(measures: Sequence[_Measure], paper: dict[str, Any] | None) -> 
                 {
                     "label": f"{measure.label} {name}",
                     "main": which in ("top1", "mAP"),
-                    "before": _accuracy_text(before),
-                    "after": _accuracy_text(after),
+                    "before": accuracy_text(before),
+                    "after": accuracy_text(after),
                     "gain": _gain_text(before, after),
                     "paper": value,
                     "track": from_to(_mean(before), _mean(after), value if comparable else None),
@@ -441,7 +478,7 @@ def _by_checkpoint(run: _Run) -> list[tuple[str, list[Series]]]:
         update = _number(entry.get("update"))
         value = _number(score.get("mean")) if isinstance(score, Mapping) else None
         if update is not None and value is not None:
-            title = f"{name} {which} of checkpoints, % ({_protocol_name(entry)}, {_data_of(entry, 'train')})"
+            title = f"{name} {which} of checkpoints, % ({protocol_name(entry)}, {_data_of(entry, 'train')})"
             groups.setdefault(title, []).append((update * _epochs_per_update(run), value))
     return [(title, [Series(title, points, marked=True)]) for title, points in groups.items() if len(points) > 1]
 
@@ -511,21 +548,26 @@ def _context(run: _Run, picture_budget: int) -> dict[str, Any]:
     method, data, folder = str(run.get("method", "name") or ""), _data_name(run), run.path.resolve().name
     command = run.env.get("command") or run.get("about", "command")
     notes = list(run.notes)
+    analysis = analysis_context(run.path, run.results, notes)
+    sheet = analysis["neighbours"]
     return {
+        "analysis": analysis,
+        "chart_style": Markup(CHART_STYLE),
         "title": f"{METHODS.get(method, method)} on {data}" if method and data else f"Run {folder}",
         "folder": folder,
         "facts": _facts(run),
         "status": _status(run),
         "tiles": _tiles(run, measures),
         "rows": _result_rows(measures, paper),
-        "protocols": [{"label": m.label, "text": _protocol_text(m.any_entry)} for m in measures],
+        "protocols": [{"label": m.label, "text": protocol_text(m.any_entry)} for m in measures],
         "paper": paper,
         "assumptions": _assumptions(run),
         "measured": run.get("about", "measured"),
         "charts": _charts(run),
         "time": _time(run),
         "views_picture": _data_uri(run.path / "views.png", picture_budget, notes),
-        "neighbours_picture": _data_uri(run.path / "neighbours.png", picture_budget, notes),
+        "neighbours_picture": _data_uri(sheet["path"] if sheet else run.path / "neighbours.png", picture_budget, notes),
+        "neighbours_text": _neighbours_text(sheet),
         "env": [(key, _plain(value)) for key, value in run.env.items() if key not in ("command", "argv")],
         "config": _cut(run.config_text),
         "command": _cut(str(command)) if command else None,
@@ -533,6 +575,16 @@ def _context(run: _Run, picture_budget: int) -> dict[str, Any]:
         "version": __version__,
         "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def _neighbours_text(analysis: Mapping[str, Any] | None) -> str:
+    """What the sheet shows: of an analysis, or (None) the one that training draws."""
+    found = "by cosine similarity; no label was used to find them."
+    if analysis is None:
+        return f"Images whose features are nearest to the query's, {found}"
+    asked = "Test images, and the training images" if analysis["queries"] == "test" else "Training images, and those"
+    colours = " Green: the query's class, orange: another." if analysis["labelled"] else ""
+    return f"{asked} whose {analysis['weights']} features are nearest {found}{colours}"
 
 
 def _data_name(run: _Run) -> str:

@@ -165,7 +165,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 def changed_settings(old: Recipe, new: Recipe) -> list[str]:
     """Settings that differ and may not, as `key: old -> new`."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = flat_settings(old.model_dump(mode="json")), flat_settings(new.model_dump(mode="json"))
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
@@ -174,12 +174,13 @@ def changed_settings(old: Recipe, new: Recipe) -> list[str]:
     ]
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat_settings(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"section.key": value}."""
     if not isinstance(values, dict):
         return {prefix: values}
     out: dict[str, Any] = {}
     for key, value in values.items():
-        out.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
+        out.update(flat_settings(value, f"{prefix}.{key}" if prefix else str(key)))
     return out
 
 

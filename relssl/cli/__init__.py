@@ -14,10 +14,11 @@ import typer
 
 from pipelines.errors import ConfigError, RelsslError
 from relssl import share_cores
-from relssl.cli import base
+from relssl.cli import analysis, base
 from relssl.cli.base import Force, Out, Overrides, command_line, load, progress_bar, set_up_log, whole_numbers
 from relssl.cli.bench import bench_app
 from relssl.cli.evaluation import eval_app
+from relssl.cli.runs import compare, ls
 
 app = typer.Typer(
     name="relssl",
@@ -26,13 +27,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+eval_app.command("probe")(analysis.eval_probe)
+eval_app.command("fewlabel")(analysis.eval_fewlabel)
+eval_app.command("analyse")(analysis.eval_analyse)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+app.command()(compare)
+app.command()(ls)
 
 # Verbs and evaluators of later versions: refused by name, so that nobody looks for a spelling mistake.
-PLANNED = ("import", "export", "compare", "ls")
+PLANNED = ("import", "export")
 PLANNED_PARTS = {
-    "eval": (("probe",), "knn, linear, finetune, retrieval"),
     "bench": (("step", "budget"), "losses, parity, views"),
 }
 

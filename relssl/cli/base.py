@@ -81,9 +81,19 @@ def command_line() -> str:
 
 
 def whole_numbers(text: str, option: str) -> list[int]:
+    """Whole numbers, 0 or more, with commas between them."""
     try:
-        return [int(part) for part in text.split(",")]
+        found = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(
-            f"{option} takes whole numbers with commas between them, such as 1,2,3; got {text!r}"
-        ) from None
+        found = [-1]
+    if min(found) < 0:
+        raise ConfigError(f"{option} takes whole numbers with commas between them, such as 1,2,3; got {text!r}")
+    return found
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """Numbers with commas between them."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} takes numbers with commas between them, such as 1,10; got {text!r}") from None

@@ -11,7 +11,7 @@ import typer
 from pipelines.errors import ConfigError
 from relssl.cli.base import Device, command_line, load, set_up_log, whole_numbers
 
-eval_app = typer.Typer(help="Evaluate a backbone: knn, linear, finetune, retrieval.", no_args_is_help=True)
+eval_app = typer.Typer(help="Evaluate a backbone: by a paper's protocol, or quickly.", no_args_is_help=True)
 
 WeightsOption = Annotated[
     Path | None, typer.Option("--weights", help="run folder, one of its checkpoints, or backbone.safetensors")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines import beton
 from pipelines.errors import ConfigError, InputError
@@ -77,6 +77,7 @@ class Task:
         view: how images are prepared; the recipe's `eval.view` when None.
         portion: which of the training images are used.
         trains: False for an evaluation that has no training images.
+        needs_labels: False where the data may lack labels (`labelled` is then false), and a test set.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Task:
         view: ViewSpec | None = None,
         portion: Portion = ALL,
         trains: bool = True,
+        needs_labels: bool = True,
     ):
         self.weights, self.portion = weights, portion
         self.view = view or weights.recipe.eval_spec()
@@ -96,19 +98,21 @@ class Task:
         self.backbone = frozen_copy(weights.backbone, self.device)
         data = weights.recipe.data
         test_place = test or data.test
-        if test_place is None:
+        if test_place is None and needs_labels:
             raise ConfigError("no test data: give --test FILE.beton, or set data.test in the recipe")
         places: dict[str, Any] = {"train": train or data.probe or data.train} if trains else {}
-        places["test"] = test_place
+        if test_place is not None:
+            places["test"] = test_place
         self.opened: dict[str, Any] = {}
+        self.num_classes = 0
         self._features: dict[str, tuple[Tensor, Tensor]] = {}
         try:
-            self._open(places)
+            self._open(places, needs_labels)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, places: dict[str, Any]) -> None:
+    def _open(self, places: dict[str, Any], needs_labels: bool) -> None:
         for name, place in places.items():
             self.opened[name] = beton.open(place)
         self.names = {name: _short(place) for name, place in places.items()}
@@ -116,12 +120,15 @@ class Task:
         if "train" in self.sets:
             self.sets["train"] = self.portion.of(self.sets["train"])
         labels = {name: files.labels for name, files in self.sets.items()}
+        self.labelled = len(labels) == 2 and all((values >= 0).all() for values in labels.values())
+        if not self.labelled and not needs_labels:
+            return
         for name, values in labels.items():
             if (values < 0).any():
                 raise InputError(
                     f"{self.names[name]}: {int((values < 0).sum())} of {len(values)} images have no label, and this "
-                    "evaluation compares labels. Convert a labelled source (one folder per class), or look at the "
-                    "label-free measures in the run's report"
+                    "evaluation compares labels. Convert a labelled source (one folder per class), or use "
+                    "`relssl eval analyse`, which does without"
                 )
         if "train" in self.sets:
             self._check_classes(labels["train"], labels["test"])
@@ -219,27 +226,34 @@ class Task:
         """(N, D) float32 features and (N,) labels of the un-augmented images, extracted once."""
         if name not in self._features:
             log.info("features of %d %s images", len(self.sets[name]), name)
-            with self.unaugmented(name) as loader:
-                features, labels = encode(self.backbone.float(), loader)
-            self._features[name] = features.float(), labels
+            self._features[name] = self.extract(self.sets[name], self.view, self.backbone)
         return self._features[name]
+
+    def extract(self, files: Any, view: ViewSpec, backbone: nn.Module) -> tuple[Tensor, Tensor]:
+        """(N, D) float32 features by `backbone` of one view of every image, and (N,) labels, in file order."""
+        with self._loader(files, view) as loader:
+            features, labels = encode(backbone.float(), loader)
+        return features.float(), labels
 
     @contextlib.contextmanager
     def unaugmented(self, name: str) -> Iterator[ViewLoader]:
         """A loader of the un-augmented images in file order."""
+        with self._loader(self.sets[name], self.view) as loader:
+            yield loader
+
+    def _loader(self, files: Any, view: ViewSpec) -> contextlib.closing[ViewLoader]:
         data = self.weights.recipe.data
-        with contextlib.closing(
+        return contextlib.closing(
             feature_loader(
-                self.sets[name],
-                self.view,
+                files,
+                view,
                 batch_size=self.batch_size,
                 device=self.device,
                 engine=data.engine,
                 resize=data.resize,
                 workers=data.workers,
             )
-        ) as loader:
-            yield loader
+        )
 
     def write(
         self,
@@ -261,11 +275,11 @@ class Task:
             "seeds": seeds,
             "protocol": protocol,
             "train": self.names.get("train"),
-            "test": self.names["test"],
+            "test": self.names.get("test"),
             "subset": None if self.portion.is_all else str(self.portion),
             "data": [files.content_hash for files in self.opened.values()],
             "num_train": len(self.sets["train"]) if "train" in self.sets else None,
-            "num_test": len(self.sets["test"]),
+            "num_test": len(self.sets["test"]) if "test" in self.sets else None,
             "pretrained_on": _short(recipe.data.train),
             "view": _view_as_text(self.view),
             "backbone": recipe.backbone.name,

@@ -5,7 +5,7 @@ Legend: n queries, N keys, D feature width, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import mean, stdev
 from typing import Any
 
@@ -91,6 +91,25 @@ def check_same_width(train: Tensor, test: Tensor) -> None:
             f"train features are {train.shape[1]} wide and test features {test.shape[1]}: both must come "
             f"from the same backbone"
         )
+
+
+def standardisation(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and 1/std of every feature over all rows of some (rows, D) blocks: (D,) each, float64, on the CPU.
+
+    A feature that is the same for all images carries nothing and gets scale 1, so that rounding noise is not
+    blown up.
+    """
+    count = 0
+    total = squares = torch.zeros((), dtype=torch.float64)
+    for part in blocks:
+        block = part.to("cpu", torch.float64)
+        count += len(block)
+        total = total + block.sum(dim=0)
+        squares = squares + block.square().sum(dim=0)
+    centre = total / count
+    std = (squares / count - centre.square()).clamp(min=0).sqrt()
+    varies = std > 1e-6 * squares.div(count).sqrt().clamp(min=1e-30)
+    return centre, torch.where(varies, 1 / std, torch.ones_like(std))
 
 
 def normalise(features: Tensor) -> Tensor:

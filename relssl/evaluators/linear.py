@@ -41,7 +41,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.errors import ConfigError, InputError, RunError, unknown_name
-from relssl.evaluators.features import check_features, check_labels, check_same_width, full_precision
+from relssl.evaluators.features import (
+    check_features,
+    check_labels,
+    check_same_width,
+    full_precision,
+    standardisation,
+)
 
 HEAD_FORMAT = 1
 TEST_BLOCK = 8_192
@@ -413,29 +419,13 @@ def _checked(batches: Batches, expected: int, test_x: Tensor, num_classes: int, 
 def _standardisation(
     batches: Batches, protocol: LinearProtocol, feature_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Mean and 1/std of every feature (D,); (0, 1) where the protocol takes features as they are.
-
-    A feature that is the same for all images carries nothing and gets scale 1, so that rounding noise is
-    not blown up.
-    """
+    """Mean and 1/std of every feature (D,); (0, 1) where the protocol takes features as they are."""
     dtype = torch.float64 if protocol.dtype == "fp64" else torch.float32
     if protocol.normalise_features == "none":
         shift, scale = torch.zeros(feature_dim, dtype=dtype), torch.ones(feature_dim, dtype=dtype)
-        return shift.to(device), scale.to(device)
-    count = 0
-    total = torch.zeros(feature_dim, dtype=torch.float64)
-    squares = torch.zeros(feature_dim, dtype=torch.float64)
-    for features, _ in batches:
-        block = features.to("cpu", torch.float64)
-        count += len(block)
-        total += block.sum(dim=0)
-        squares += block.square().sum(dim=0)
-    centre = total / count
-    variance = (squares / count - centre.square()).clamp(min=0)
-    std = variance.sqrt()
-    varies = std > 1e-6 * squares.div(count).sqrt().clamp(min=1e-30)
-    scale = torch.where(varies, 1 / std, torch.ones_like(std))
-    return centre.to(device, dtype), scale.to(device, dtype)
+    else:
+        shift, scale = standardisation(features for features, _ in batches)
+    return shift.to(device, dtype), scale.to(device, dtype)
 
 
 def initial_head(

@@ -1,0 +1,44 @@
+"""`relssl compare` and `relssl ls`: runs side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="run folders; seeds of one recipe share a row")],
+    csv: Annotated[Path | None, typer.Option(help="write every figure here, one a line")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw a chart here: .svg, .png or .pdf")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="write the table here as Markdown")] = None,
+) -> None:
+    """Runs side by side: a column for each protocol and data set, mean ± std over seeds."""
+    from relssl import compare_output as output
+    from relssl.bench.plot import check_plot_path
+    from relssl.compare import compare as compare_runs
+    from relssl.runfolder import write_atomically
+
+    if plot is not None:
+        check_plot_path(plot)
+    found = compare_runs(runs)
+    written = []
+    if csv is not None:
+        write_atomically(csv, output.csv_text(found))
+        written.append(f"csv: {csv}")
+    if markdown is not None:
+        write_atomically(markdown, output.markdown(found))
+        written.append(f"markdown: {markdown}")
+    if plot is not None:
+        written.append(f"plot: {output.draw(found, plot)}")
+    for part in (output.text(found), *written):
+        typer.echo(part)
+
+
+def ls(runs: Annotated[Path, typer.Argument(help="folder with runs")] = Path("runs")) -> None:
+    """List runs: method, data, epochs, state, best accuracies."""
+    from relssl.listing import list_runs
+    from relssl.report import format_table
+
+    typer.echo(format_table(list_runs(runs)))

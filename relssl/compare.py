@@ -1,0 +1,329 @@
+"""`relssl compare`: runs side by side, from what their results.json and config.yaml say.
+
+A row is a recipe and how far it was trained; runs that differ in their training seed only share it. A column is a
+measure under one protocol on one pair of data files. Figures of different protocols or data never share a column.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Protocol, TypeVar
+
+from pipelines.errors import InputError
+from relssl.report import DISPLAY, protocol_name
+from relssl.runfolder import RESUMABLE, RunFolder, flat_settings, read_results, read_yaml
+
+# What the table shows of an evaluator; of others the first accuracy of an entry, top-1 where there is one.
+SHOWN = {
+    "analysis": ("label_free.rankme", "label_free.uniformity", "label_free.alignment"),
+    "fewlabel": (),
+}
+METRICS = {"top1": "top-1", "top5": "top-5", "map": "mAP"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure. `over` says what the standard deviation is over: "training seeds", "evaluation seeds" or "".
+
+    `values` are the single runs' means, or the single evaluations of one run.
+    """
+
+    mean: float
+    std: float
+    over: str
+    values: tuple[float, ...]
+    seeds: tuple[int, ...]  # training seeds it is made of
+
+    def text(self, digits: int = 2) -> str:
+        spread = f" ± {self.std:.{digits}f}" if self.over else ""
+        return f"{self.mean:.{digits}f}{spread}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured how on what: an evaluator, its protocol, its data."""
+
+    evaluator: str
+    protocol: str  # JSON
+    data: str  # JSON: content hashes, or names and counts where there are none
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Measurement:
+        hashes = entry.get("data")
+        known = isinstance(hashes, list) and all(hashes)
+        data = hashes if known else [entry.get(k) for k in ("train", "test", "num_train", "num_test")]
+        return cls(str(entry.get("evaluator")), json.dumps(entry.get("protocol"), sort_keys=True), json.dumps(data))
+
+
+@dataclass
+class Column:
+    """One figure of one measurement, with an entry that tells its protocol."""
+
+    measurement: Measurement
+    metric: str
+    label: str
+    entry: Mapping[str, Any]
+
+    @property
+    def is_percent(self) -> bool:
+        return not self.metric.startswith("label_free.")
+
+    @property
+    def digits(self) -> int:
+        return 2 if self.is_percent or self.metric.endswith("rankme") else 3
+
+
+@dataclass
+class Row:
+    """Runs of one recipe at one epoch."""
+
+    label: str
+    place: str  # the folder that its runs lie in
+    entry: Mapping[str, Any]  # any of its entries: method, backbone, epochs, batch
+    data: str
+    seeds: list[int]
+    cells: dict[tuple[Measurement, str], Cell]
+
+
+@dataclass
+class Comparison:
+    """Rows in the order of the runs given, random weights last. `left_out` are runs without results."""
+
+    rows: list[Row]
+    columns: list[Column]
+    entries: dict[Measurement, Mapping[str, Any]]
+    left_out: list[Path] = field(default_factory=list)
+
+    def cell(self, row: Row, column: Column) -> Cell | None:
+        return row.cells.get((column.measurement, column.metric))
+
+
+def compare(folders: Sequence[Path]) -> Comparison:
+    """What can be said of runs side by side.
+
+    Raises:
+        InputError: a folder that is not a run's, no results at all, or no measure that two rows have in common.
+    """
+    runs = [_Run.read(path) for path in _distinct(folders)]
+    left_out = [run.path for run in runs if not run.results]
+    runs = [run for run in runs if run.results]
+    if not runs:
+        names = ", ".join(map(str, left_out))
+        raise InputError(f"nothing was evaluated yet in {names}; for example: relssl eval knn --weights {left_out[0]}")
+    groups: dict[tuple[str, ...], list[tuple[_Run, list[dict[str, Any]]]]] = {}
+    for run in runs:
+        for (weights, epochs), part in run.parts().items():
+            key = _place(groups, (weights, epochs, run.identity(weights)), run)
+            groups.setdefault(key, []).append((run, part))
+    keys = sorted(groups, key=lambda key: key[0] == "random")
+    rows = [_row(groups[key], key[0]) for key in keys]
+    _tell_apart(rows, [lambda row: f" (epoch {row.entry.get('epochs')})", lambda row: f" in {row.place}"])
+    entries: dict[Measurement, Mapping[str, Any]] = {Measurement.of(e): e for run in runs for e in run.results}
+    columns = _columns(entries, rows)
+    shared = [c for c in columns if sum((c.measurement, c.metric) in row.cells for row in rows) > 1]
+    if not shared:
+        raise InputError(_nothing_shared(rows, entries))
+    return Comparison(rows, columns, entries, left_out)
+
+
+def _distinct(folders: Sequence[Path]) -> list[Path]:
+    found: dict[Path, Path] = {}
+    for path in folders:
+        found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+@dataclass
+class _Run:
+    path: Path
+    config: dict[str, Any]
+    results: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> _Run:
+        if not path.is_dir():
+            raise InputError(f"{path} is not a folder; expected the folders of runs, as `relssl train` makes them")
+        folder = RunFolder(path)
+        if not (folder.config.is_file() or folder.results.is_file()):
+            raise InputError(f"{path} is not a run folder: it has neither config.yaml nor results.json")
+        config = read_yaml(folder.config) if folder.config.is_file() else {}
+        return cls(path, config, [e for e in read_results(path) if isinstance(e, dict)])
+
+    @property
+    def seed(self) -> int:
+        train = self.config.get("train")
+        seed = train.get("seed", 0) if isinstance(train, dict) else self.results[0].get("train_seed", 0)
+        return int(seed or 0)
+
+    def identity(self, weights: str) -> str:
+        """What runs of one recipe have in common; of random weights only what the backbone and its images are."""
+        if not self.config:
+            return str(self.path.resolve())
+        settings = flat_settings(self.config)
+        if weights == "random":
+            kept = ("backbone", "views.normalize", "eval.view")
+            settings = {k: v for k, v in settings.items() if any(k == p or k.startswith(p + ".") for p in kept)}
+        else:
+            free = ("train.seed", *RESUMABLE)
+            settings = {k: v for k, v in settings.items() if not any(k == p or k.startswith(p + ".") for p in free)}
+            settings["data.train"] = self.data
+        return json.dumps(settings, sort_keys=True, default=str)
+
+    @property
+    def data(self) -> str:
+        """Names of the files it was trained on, without their folders."""
+        section = self.config.get("data")
+        files = section.get("train") if isinstance(section, dict) else None
+        names = files if isinstance(files, list) else [files] if files else []
+        return " + ".join(Path(str(name)).stem for name in names)
+
+    def parts(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """Entries by weights and epochs."""
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for entry in self.results:
+            found.setdefault((str(entry.get("weights")), str(entry.get("epochs"))), []).append(entry)
+        return found
+
+
+def _place(
+    groups: Mapping[tuple[str, ...], list[tuple[_Run, Any]]], key: tuple[str, ...], run: _Run
+) -> tuple[str, ...]:
+    """The group a run belongs to. A second run of one training seed has a row of its own, so that none counts twice.
+
+    Random weights of one seed are the same weights: there, evaluations are put together.
+    """
+    number = 0
+    while key[0] != "random" and any(other.seed == run.seed for other, _ in groups.get((*key, str(number)), ())):
+        number += 1
+    return (*key, str(number))
+
+
+def _row(members: Sequence[tuple[_Run, list[dict[str, Any]]]], weights: str) -> Row:
+    collected: dict[tuple[Measurement, str], dict[int, Mapping[str, Any]]] = {}
+    for run, entries in members:
+        for entry in sorted(entries, key=lambda e: len(e.get("seeds") or [])):  # the most seeds count
+            for metric, score in metrics_of(entry):
+                collected.setdefault((Measurement.of(entry), metric), {})[run.seed] = score
+    cells = {key: _cell(scores) for key, scores in collected.items()}
+    names = list(dict.fromkeys(_base_name(run, len(members) > 1) for run, _ in members))
+    first, entry = members[0][0], members[0][1][-1]
+    label = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    if weights == "random":
+        label = f"random {entry.get('backbone')}"
+    return Row(label, str(first.path.parent), entry, first.data, sorted({run.seed for run, _ in members}), cells)
+
+
+def _base_name(run: _Run, is_one_of_several: bool) -> str:
+    name = run.path.resolve().name
+    return re.sub(r"[-_.]?seed[-_]?\d+$", "", name) or name if is_one_of_several else name
+
+
+def _cell(scores: Mapping[int, Mapping[str, Any]]) -> Cell:
+    """Over training seeds where there are several, else what the evaluation says of one."""
+    if len(scores) > 1:
+        means = [float(score["mean"]) for score in scores.values()]
+        return Cell(mean(means), stdev(means), "training seeds", tuple(means), tuple(scores))
+    (score,) = scores.values()
+    values = tuple(float(v) for v in score.get("values") or [score["mean"]])
+    over = "evaluation seeds" if len(values) > 1 else ""
+    return Cell(float(score["mean"]), float(score.get("std") or 0.0), over, values, tuple(scores))
+
+
+def metrics_of(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(name, {"mean", "std", "values"}) of every figure of an entry, also inside its sections and its curve."""
+    for key, value in entry.items():
+        if isinstance(value, Mapping):
+            if isinstance(value.get("mean"), (int, float)):
+                yield prefix + key, value
+            elif key == "label_free":
+                for name in ("rankme", "uniformity", "alignment"):
+                    if isinstance(value.get(name), (int, float)):
+                        yield f"label_free.{name}", {"mean": value[name]}
+            elif not prefix and key not in ("protocol", "classifier"):
+                yield from metrics_of(value, f"{key}.")
+        elif key == "curve" and isinstance(value, list):
+            for point in value:
+                if isinstance(point, Mapping) and isinstance(point.get("top1"), Mapping):
+                    yield f"top1 at {_amount(point)}", point["top1"]
+
+
+def _amount(point: Mapping[str, Any]) -> str:
+    return f"{point.get('per_class')} a class" if point.get("percent") is None else f"{point['percent']:g} %"
+
+
+class _Labelled(Protocol):
+    label: str
+
+
+Item = TypeVar("Item", bound=_Labelled)
+
+
+def _tell_apart(items: Sequence[Item], tellers: Sequence[Callable[[Item], str]]) -> None:
+    """Items of one label get what the first teller says where that differs among them, and so on; at last a number."""
+    steps: list[Callable[[Item], str] | None] = [*tellers, None]
+    for teller in steps:
+        by_label: dict[str, list[Item]] = {}
+        for item in items:
+            by_label.setdefault(item.label, []).append(item)
+        for same in by_label.values():
+            told = [teller(item) if teller else f" #{place}" for place, item in enumerate(same, start=1)]
+            if len(set(told)) > 1:
+                for item, words in zip(same, told, strict=True):
+                    item.label += words
+
+
+def _columns(entries: Mapping[Measurement, Mapping[str, Any]], rows: Sequence[Row]) -> list[Column]:
+    """What the table shows, in the order of the report."""
+    order = [*DISPLAY, *SHOWN]
+    ranked = sorted(
+        entries.items(), key=lambda item: order.index(item[0].evaluator) if item[0].evaluator in order else len(order)
+    )
+    columns: list[Column] = []
+    for measurement, entry in ranked:
+        known = [name for name, _ in metrics_of(entry)]
+        first = "top1" if "top1" in known else next((n for n in known if "." not in n and " " not in n), None)
+        shown = SHOWN.get(measurement.evaluator, () if first is None else (first,))
+        columns += [
+            Column(measurement, metric, title(measurement.evaluator, metric), entry)
+            for metric in shown
+            if any((measurement, metric) in row.cells for row in rows)
+        ]
+    _tell_apart(
+        columns,
+        [
+            lambda column: f" ({protocol_name(column.entry)})",
+            lambda column: f" [{column.entry.get('train')}, {column.entry.get('test')}]",
+        ],
+    )
+    return columns
+
+
+def title(evaluator: str, metric: str) -> str:
+    """A figure's name in a header."""
+    if metric.startswith("label_free."):
+        name = metric.removeprefix("label_free.")
+        return "RankMe" if name == "rankme" else name
+    shown = DISPLAY.get(evaluator, evaluator)
+    return shown if metric == "top1" else f"{shown} {METRICS.get(metric, metric)}"
+
+
+def _nothing_shared(rows: Sequence[Row], entries: Mapping[Measurement, Mapping[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        measured = dict.fromkeys(measurement for measurement, _ in row.cells)
+        lines.append(f"  {row.label}: {', '.join(_measurement_text(entries[m]) for m in measured) or 'no figure'}")
+    return (
+        "nothing can be compared: no measure was taken by the same protocol on the same data for two of these\n"
+        + "\n".join(lines)
+        + "\nrun the same `relssl eval ...` with the same --train and --test on each"
+    )
+
+
+def _measurement_text(entry: Mapping[str, Any]) -> str:
+    name = DISPLAY.get(str(entry.get("evaluator")), entry.get("evaluator"))
+    return f"{name} ({protocol_name(entry)}) on {entry.get('train')} and {entry.get('test')}"

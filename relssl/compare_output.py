@@ -1,0 +1,162 @@
+"""A comparison of runs as text, Markdown, CSV and a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import InputError
+from relssl.compare import Cell, Column, Comparison, Row, title
+from relssl.report import format_table, protocol_name, protocol_text
+
+PLUS_MINUS = "±: standard deviation over training seeds where a row has several, else over the seeds of the evaluation"
+CSV_FIELDS = (
+    "run", "method", "weights", "pretraining_data", "backbone", "epochs", "global_batch", "views_per_step",
+    "training_seeds", "evaluator", "protocol", "train", "test", "num_train", "num_test", "metric", "mean", "std",
+    "std_over", "values", "protocol_settings",
+)  # fmt: skip
+
+
+def table(comparison: Comparison) -> list[list[str]]:
+    """A header and a row for each row of the comparison; what all rows share is left to `notes`."""
+    facts = _facts(comparison.rows)
+    differing = [name for name in facts if len(set(facts[name])) > 1 or name in ("epochs", "training seeds")]
+    rows = [["run", *differing, *(column.label for column in comparison.columns)]]
+    for place, row in enumerate(comparison.rows):
+        cells = [_shown(row, column, comparison.cell(row, column)) for column in comparison.columns]
+        rows.append([row.label, *(facts[name][place] for name in differing), *cells])
+    return rows
+
+
+def _shown(row: Row, column: Column, cell: Cell | None) -> str:
+    if cell is None:
+        return "–"
+    part = f" ({len(cell.seeds)} of {len(row.seeds)} seeds)" if len(cell.seeds) < len(row.seeds) else ""
+    return cell.text(column.digits) + part
+
+
+def _facts(rows: Sequence[Row]) -> dict[str, list[str]]:
+    told = {
+        "method": [str(row.entry.get("method")) for row in rows],
+        "data": [row.data or "–" for row in rows],
+        "backbone": [str(row.entry.get("backbone")) for row in rows],
+        "epochs": [str(row.entry.get("epochs")) for row in rows],
+        "batch": [str(row.entry.get("global_batch")) for row in rows],
+        "views": [str(row.entry.get("views_per_step")) for row in rows],
+        "training seeds": [", ".join(map(str, row.seeds)) for row in rows],
+    }
+    for place, row in enumerate(rows):
+        if row.entry.get("weights") == "random":  # nothing was trained
+            for name in ("method", "data", "batch", "views"):
+                told[name][place] = "–"
+    return told
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What a reader of the table must know: what all rows share, what ± is over, the protocol of each column."""
+    facts = {name: {v for v in values if v != "–"} for name, values in _facts(comparison.rows).items()}
+    table_has = table(comparison)[0]
+    shared = [f"{name} {next(iter(v))}" for name, v in facts.items() if len(v) == 1 and name not in table_has]
+    lines = [f"all rows: {', '.join(shared)}"] if shared else []
+    lines.append(f"accuracies in percent, top-1 unless named otherwise. {PLUS_MINUS}")
+    told: dict[str, list[str]] = {}
+    for column in comparison.columns:
+        told.setdefault(_protocol_line(column), []).append(column.label)
+    lines += [f"{', '.join(labels)}: {text}" for text, labels in told.items()]
+    titles = [title(c.measurement.evaluator, c.metric) for c in comparison.columns]
+    several = sorted({title for title in titles if titles.count(title) > 1})
+    if several:
+        lines.append(f"more than one protocol or data set, and so more than one column: {', '.join(several)}")
+    if comparison.left_out:
+        lines.append(f"left out, not evaluated yet: {', '.join(map(str, comparison.left_out))}")
+    return lines
+
+
+def _protocol_line(column: Column) -> str:
+    """Without the seeds and what a single run picked, which may differ from row to row."""
+    entry = {k: v for k, v in column.entry.items() if k not in ("seeds", "picked", "check")}
+    return protocol_text(entry)
+
+
+def text(comparison: Comparison) -> str:
+    """For a terminal."""
+    return "\n".join([format_table(table(comparison)), "", *notes(comparison)])
+
+
+def markdown(comparison: Comparison) -> str:
+    """A table with its notes beneath."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in table(comparison)]
+    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    lines = ["| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])]
+    return "\n".join([*lines, "", *(f"- {line}" for line in notes(comparison)), ""])
+
+
+def csv_text(comparison: Comparison) -> str:
+    """One line for every figure of every row, those that the table leaves out too (top-5, few-label curves)."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, CSV_FIELDS, lineterminator="\n")
+    writer.writeheader()
+    for row in comparison.rows:
+        for (measurement, metric), cell in row.cells.items():
+            entry = comparison.entries[measurement]
+            writer.writerow(
+                {
+                    "run": row.label,
+                    "method": row.entry.get("method"),
+                    "weights": row.entry.get("weights"),
+                    "pretraining_data": row.data,
+                    "backbone": row.entry.get("backbone"),
+                    "epochs": row.entry.get("epochs"),
+                    "global_batch": row.entry.get("global_batch"),
+                    "views_per_step": row.entry.get("views_per_step"),
+                    "training_seeds": _joined(cell.seeds),
+                    "evaluator": measurement.evaluator,
+                    "protocol": protocol_name(entry),
+                    "train": entry.get("train"),
+                    "test": entry.get("test"),
+                    "num_train": entry.get("num_train"),
+                    "num_test": entry.get("num_test"),
+                    "metric": metric,
+                    "mean": cell.mean,
+                    "std": cell.std if cell.over else "",
+                    "std_over": cell.over,
+                    "values": _joined(cell.values),
+                    "protocol_settings": measurement.protocol,
+                }
+            )
+    return out.getvalue()
+
+
+def _joined(values: Iterable[object]) -> str:
+    return " ".join(map(str, values))
+
+
+def draw(comparison: Comparison, path: Path) -> Path:
+    """Bars of every accuracy, a panel for each column, whiskers of one standard deviation.
+
+    Raises:
+        ConfigError: a suffix that is no picture's.
+        InputError: no column is an accuracy.
+    """
+    from relssl.bench.plot import draw_bar, draw_grid, finish_panel
+
+    panels = []
+    for column in comparison.columns:
+        bars = [(row, cell) for row in comparison.rows if (cell := comparison.cell(row, column)) is not None]
+        if column.is_percent and bars:
+            panels.append((column, bars))
+    if not panels:
+        raise InputError("there is no accuracy to draw; evaluate the runs with labels, or leave out --plot")
+
+    def fill(axes: Any) -> None:
+        for (column, bars), axis in zip(panels, axes[:, 0], strict=True):
+            farthest = max(cell.mean + cell.std for _, cell in bars)
+            for place, (row, cell) in enumerate(bars):
+                values = {"median": cell.mean, "min": cell.mean - cell.std, "max": cell.mean + cell.std}
+                draw_bar(axis, place, values, farthest, cell.text(), row.entry.get("weights") != "random")
+            finish_panel(axis, [row.label for row, _ in bars], 1.22 * farthest, "%", column.label)
+
+    return draw_grid(path, [len(bars) for _, bars in panels], 1, fill, PLUS_MINUS)

@@ -1,0 +1,216 @@
+"""Probe, few-label curve and analysis of a trained run: commands, entries in results.json, files, the report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from relssl.cli import run as relssl_run
+from relssl.config import load_recipe
+from relssl.evaluators.probe import ProbeProtocol
+from relssl.report import write_report
+from relssl.runfolder import read_results
+from relssl.train import train
+from tests.relssl import tiny
+
+QUICK = ["--setting", "least_updates=20", "--grid", "lr=0.03,0.3", "--grid", "weight_decay=0,1e-3"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of three epochs on 48 pictures of two classes."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(load_recipe(tiny.write_recipe(folder), ["eval.online=null"]), folder / "run")
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the trained run, without results."""
+    return shutil.copytree(trained / "run", tmp_path / "run")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    protocol = ProbeProtocol(lr=(0.1,), weight_decay=(0.0,), penalty=(1e-2,), least_updates=20)
+    monkeypatch.setattr("relssl.evaluate.analysis.probe_protocol", lambda: protocol)
+
+
+def relssl(capsys, *arguments):
+    code = relssl_run([str(a) for a in arguments])
+    out = capsys.readouterr()
+    return code, out.out + out.err
+
+
+def test_the_probe_as_a_command(capsys, run):
+    code, text = relssl(capsys, "eval", "probe", "--weights", run, *QUICK, "--seeds", "0,1")
+    assert code == 0, text
+    assert "probe, pretrained conv4, 48 train and 48 test images: top-1 " in text
+    assert "seed 1: picked lr " in text
+    assert "of 4 heads on 10 held-out training images" in text
+    assert "tested after training it again on all 48" in text
+    assert "check: logistic regression by L-BFGS, top-1 " in text
+    assert "time: features " in text
+    (entry,) = read_results(run)
+    assert (entry["evaluator"], entry["seeds"]) == ("probe", [0, 1])
+    assert len(entry["top1"]["values"]) == len(entry["check"]["top1"]["values"]) == len(entry["picked"]) == 2
+    assert entry["top1"]["mean"] > 60  # light against dark
+    assert entry["protocol"]["name"] == "fast probe (changed)"
+    assert entry["picked"][0]["num_fit"] == 38
+    assert {"layer", "lr", "weight_decay", "top1"} == entry["picked"][0]["grid"][0].keys()
+    page = write_report(run).read_text()
+    assert "fast probe top-1" in page
+    assert "picked on 20 % of the training images, held out" in page
+
+
+def test_the_probe_of_several_layers(capsys, run):
+    grid = [*QUICK, "--grid", "layer=layer1,layer4,features", "--setting", "refit=false"]
+    code, text = relssl(capsys, "eval", "probe", "--weights", run, *grid)
+    assert code == 0, text
+    assert "of 12 heads" in text
+    assert ", layer " in text
+    assert "tested as trained on the other 38" in text
+    assert {row["layer"] for row in read_results(run)[0]["picked"][0]["grid"]} == {"layer1", "layer4", "features"}
+    code, text = relssl(capsys, "eval", "probe", "--weights", run, "--grid", "layer=layer9")
+    assert code == 2
+    assert "unknown layer: 'layer9'; did you mean" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--grid", "lr"], 2, "--grid takes lr=0.1,0.3"),
+        (["--grid", "learning_rate=1"], 2, "unknown setting of the fast probe: 'learning_rate'"),
+        (["--grid", "lr=fast"], 2, "lr.0"),
+        (["--seeds", "-1"], 2, "--seeds takes whole numbers"),
+        (["--setting", "held_out=2"], 2, "held_out"),
+        (["--train", "unlabelled.beton"], 3, "unlabelled.beton: 48 of 48 images have no label"),
+        (["--train", "single.beton"], 3, "every class has one labelled image only (2 images, 2 classes)"),
+    ],
+)
+def test_probes_that_cannot_be(capsys, run, monkeypatch, options, code, message):
+    monkeypatch.chdir(run.parent)
+    tiny.write_data(Path("unlabelled.beton"), labels=False)
+    tiny.write_data(Path("single.beton"), count=2)
+    found, text = relssl(capsys, "eval", "probe", "--weights", run, *options)
+    assert found == code, text
+    assert message in text
+    assert read_results(run) == []
+
+
+def test_few_labels_as_a_command(capsys, run):
+    code, text = relssl(
+        capsys, "eval", "fewlabel", "--weights", run, "--labels", "1,4", "--percent", "50,100", "--seeds", "3,4"
+    )
+    assert code == 0, text
+    (entry,) = read_results(run)
+    assert [(p["per_class"], p["percent"], p["images"]) for p in entry["curve"]] == [
+        (1, None, 2),
+        (4, None, 8),
+        (None, 50.0, 24),
+        (None, 100.0, 48),
+    ]
+    assert (entry["evaluator"], entry["seeds"], entry["top1"]) == ("fewlabel", [3, 4], None)
+    lines = {line.split("  ")[0] for line in text.splitlines()}
+    assert {"1 a class", "4 a class", "50 %", "100 %"} <= lines
+    code, text = relssl(capsys, "eval", "fewlabel", "--weights", run, "--labels", "25")
+    assert code == 2
+    assert "the smallest class has 24 images" in text
+    code, text = relssl(capsys, "eval", "fewlabel", "--weights", run, "--percent", "ten")
+    assert code == 2
+    assert "--percent takes numbers" in text
+
+
+def test_an_analysis_leaves_numbers_and_pictures(capsys, run, quick):
+    code, text = relssl(capsys, "eval", "analyse", "--weights", run, "--map", "tsne", "--map-images", "30")
+    assert code == 0, text
+    assert "RankMe " in text
+    assert "files: analysis/confusion.json, analysis/map.json, analysis/neighbours.png" in text
+    few, entry = read_results(run)
+    assert (few["evaluator"], entry["evaluator"]) == ("fewlabel", "analysis")
+    assert [p["per_class"] for p in few["curve"]] == [1, 2, 5, 10, 20, None]
+    free = entry["label_free"]
+    assert 1 <= free["rankme"] <= 48
+    assert free["uniformity"] < 0 < free["alignment"] < 4
+    assert [row["class"] for row in entry["per_class"]] == tiny.CLASSES
+    assert sum(row["images"] for row in entry["per_class"]) == 48
+    confusion = json.loads((run / "analysis/confusion.json").read_text())
+    assert confusion["classes"] == tiny.CLASSES
+    right = confusion["counts"][0][0] + confusion["counts"][1][1]
+    assert entry["classifier"]["top1"] == pytest.approx(100 * right / 48)
+    places = json.loads((run / "analysis/map.json").read_text())
+    assert (places["kind"], len(places["x"]), len(places["label"])) == ("tsne", 30, 30)
+    for name in ("confusion.svg", "map.svg"):
+        picture = ElementTree.fromstring((run / "analysis" / name).read_text())
+        assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+    with Image.open(run / "analysis/neighbours.png") as picture:
+        assert picture.height > 10 * 96
+    assert not list((run / "analysis").glob(".*"))
+
+
+def test_random_weights_are_analysed_beside_the_trained_ones(capsys, run, quick):
+    for more in ([], ["--random-init"]):
+        code, text = relssl(capsys, "eval", "analyse", "--weights", run, "--map", "none", "--no-few-labels", *more)
+        assert code == 0, text
+    assert [(e["evaluator"], e["weights"]) for e in read_results(run)] == [
+        ("analysis", "pretrained"),
+        ("analysis", "random"),
+    ]
+    assert (run / "analysis-random/confusion.json").is_file()
+    page = write_report(run).read_text()
+    assert "alignment of two crops" in page
+    assert "<th>random initialisation</th><th>pre-trained</th></tr>" in page
+
+
+def test_an_analysis_without_labels(capsys, run, tmp_path):
+    data = tiny.write_data(tmp_path / "unlabelled.beton", labels=False)
+    arguments = ["--train", data, "--test", data, "--map", "tsne"]
+    code, text = relssl(capsys, "eval", "analyse", "--weights", run, *arguments)
+    assert code == 0, text
+    assert "files: analysis/map.json, analysis/neighbours.png" in text
+    (entry,) = read_results(run)
+    assert set(entry["files"]) == {"map", "neighbours"}
+    assert "classifier" not in entry
+    assert json.loads((run / "analysis/map.json").read_text())["label"] is None
+    page = write_report(run).read_text()
+    assert "t-SNE of the features of 48 test images" in page
+    assert "Confusions" not in page
+
+
+def test_an_analysis_of_a_run_that_has_no_test_data(capsys, tmp_path):
+    recipe = tiny.write_recipe(tmp_path, labels=False, data={"train": str(tmp_path / "train.beton")})
+    train(load_recipe(recipe, ["train.epochs=1", "eval.online=null"]), tmp_path / "run")
+    code, text = relssl(capsys, "eval", "analyse", "--weights", tmp_path / "run", "--map", "none")
+    assert code == 0, text
+    assert "48 train and no test images" in text
+    (entry,) = read_results(tmp_path / "run")
+    assert (entry["test"], entry["num_test"]) == (None, None)
+
+
+def test_an_unknown_map_is_refused_before_any_work(capsys, run):
+    code, text = relssl(capsys, "eval", "analyse", "--weights", run, "--map", "pca")
+    assert code == 2
+    assert "got 'pca'" in text
+    assert not (run / "analysis").exists()
+
+
+def test_diverged_weights_are_refused(capsys, run):
+    path = run / "backbone.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = {k: v.clone() for k, v in load_file(path).items()}
+    tensors["layer4.bn.bias"][0] = torch.nan
+    save_file(tensors, path, metadata=metadata)
+    for evaluator in ("probe", "fewlabel", "analyse"):
+        code, text = relssl(capsys, "eval", evaluator, "--weights", run)
+        assert code == 3, text
+        assert "NaN or infinite" in text
+    assert read_results(run) == []

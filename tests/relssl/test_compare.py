@@ -1,0 +1,282 @@
+"""Runs side by side: what shares a row, what shares a column, what is written, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from pipelines.errors import InputError
+from relssl.cli import run as relssl_run
+from relssl.compare import compare
+from relssl.compare_output import csv_text, markdown, notes, table, text
+from relssl.listing import list_runs
+from relssl.report import format_table
+from tests.relssl.test_report import CONFIG, SMALL, entry
+
+HASHES = ["a" * 64, "b" * 64]
+
+
+def result(evaluator: str, *top1: float, weights: str = "pretrained", **changes: Any) -> dict[str, Any]:
+    facts = {"method": "ressl", "backbone": "conv4", "epochs": 30, "global_batch": 256, "views_per_step": 3}
+    if weights == "random":
+        facts["epochs"] = 0
+    return {**entry(evaluator, weights, *top1), **facts, "data": HASHES, **changes}
+
+
+def make_run(folder: Path, *results: dict[str, Any], seed: int = 0, **changes: Any) -> Path:
+    config = copy.deepcopy(CONFIG)
+    config["train"]["seed"] = seed
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        config[section][name] = value
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    if results:
+        (folder / "results.json").write_text(json.dumps({"format": 1, "results": list(results)}))
+    return folder
+
+
+def test_runs_side_by_side(tmp_path):
+    a = make_run(tmp_path / "a", result("linear", 45.0, 46.0), result("knn", 41.25))
+    b = make_run(tmp_path / "b", result("knn", 50.0, method="wcl"), method__name="wcl")
+    assert table(compare([a, b])) == [
+        ["run", "method", "epochs", "training seeds", "kNN", "linear"],
+        ["a", "ressl", "30", "0", "41.25", "45.50 ± 0.71"],
+        ["b", "wcl", "30", "0", "50.00", "–"],
+    ]
+    told = notes(compare([a, b]))
+    assert told[0] == "all rows: data digits_train, backbone conv4, batch 256, views 3"
+    assert "over training seeds where a row has several" in told[1]
+    assert told[2].startswith("kNN: weighted, k = 20, temperature 0.07; neighbours from digits_train.beton (8,400 images)")
+    assert "probe seed" not in "".join(told)  # rows may have other seeds
+
+
+def test_training_seeds_of_a_recipe_share_a_row(tmp_path):
+    runs = [
+        make_run(tmp_path / f"ressl-seed{s}", result("linear", x, x + 4), seed=s)
+        for s, x in ((1, 40.0), (2, 42.0), (3, 47.0))
+    ]
+    other = make_run(tmp_path / "long", result("linear", 60.0), seed=1, train__epochs=99)
+    found = compare([*runs, other])
+    assert table(found)[1:] == [
+        ["ressl", "30", "1, 2, 3", "45.00 ± 3.61"],
+        ["long", "30", "1", "60.00"],
+    ]
+    cell = found.cell(found.rows[0], found.columns[0])
+    assert cell is not None
+    assert (cell.over, cell.values, cell.seeds) == ("training seeds", (42.0, 44.0, 49.0), (1, 2, 3))
+
+
+def test_settings_that_do_not_touch_the_training_do_not_split_a_row(tmp_path):
+    a = make_run(tmp_path / "r-seed0", result("knn", 40.0), seed=0, data__train="/here/digits_train.beton")
+    b = make_run(tmp_path / "r-seed1", result("knn", 42.0), seed=1, about__measured="yes", train__log_every=7)
+    c = make_run(tmp_path / "c", result("knn", 42.0), seed=2, optim__lr=0.07)
+    assert [row[0] for row in table(compare([a, b, c]))[1:]] == ["r", "c"]
+
+
+def test_no_training_seed_counts_twice(tmp_path):
+    runs = [make_run(tmp_path / place / "r-seed0", result("knn", x)) for place, x in (("one", 40.0), ("two", 44.0))]
+    rows = table(compare([*runs, runs[0]]))[1:]
+    assert [(row[0], row[-1]) for row in rows] == [
+        (f"r-seed0 in {tmp_path / 'one'}", "40.00"),
+        (f"r-seed0 in {tmp_path / 'two'}", "44.00"),
+    ]
+
+
+def test_a_missing_seed_is_told(tmp_path):
+    a = make_run(tmp_path / "r-seed0", result("knn", 40.0), result("linear", 50.0), seed=0)
+    b = make_run(tmp_path / "r-seed1", result("knn", 42.0), seed=1)
+    c = make_run(tmp_path / "c", result("linear", 1.0), train__epochs=1)
+    assert table(compare([a, b, c]))[1][-2:] == ["41.00 ± 1.41", "50.00 (1 of 2 seeds)"]
+
+
+@pytest.mark.parametrize(
+    ("change", "label"),
+    [
+        ({"protocol": {**SMALL, "name": "cached"}}, ["linear (ressl_small)", "linear (cached)"]),
+        (
+            {"data": ["c" * 64, HASHES[1]], "train": "other.beton"},
+            ["linear [digits_train.beton, digits_test.beton]", "linear [other.beton, digits_test.beton]"],
+        ),
+        ({"data": ["c" * 64, HASHES[1]]}, ["linear #1", "linear #2"]),
+        ({"protocol": {**SMALL, "lr": 7.0}}, ["linear #1", "linear #2"]),
+        ({"data": [None, None], "num_train": 5}, ["linear #1", "linear #2"]),
+    ],
+    ids=["protocol", "data", "data of one name", "setting", "no manifest"],
+)
+def test_other_protocols_and_data_never_share_a_column(tmp_path, change, label):
+    a = make_run(tmp_path / "a", result("linear", 40.0), result("knn", 30.0))
+    b = make_run(tmp_path / "b", result("linear", 50.0, **change), result("knn", 31.0), train__epochs=1)
+    found = compare([a, b])
+    rows = table(found)
+    assert rows[0][-3:] == ["kNN", *label]
+    assert [row[-2:] for row in rows[1:]] == [["40.00", "–"], ["–", "50.00"]]
+    assert notes(found)[-1] == "more than one protocol or data set, and so more than one column: linear"
+
+
+def test_the_same_data_by_another_name_share_a_column(tmp_path):
+    a = make_run(tmp_path / "a", result("knn", 40.0))
+    b = make_run(tmp_path / "b", result("knn", 50.0, train="renamed.beton"), train__epochs=1)
+    assert [row[-1] for row in table(compare([a, b]))] == ["kNN", "40.00", "50.00"]
+
+
+def test_most_probe_seeds_count(tmp_path):
+    few, many = result("linear", 40.0), result("linear", 41.0, 43.0)
+    a = make_run(tmp_path / "a", many, few)
+    b = make_run(tmp_path / "b", few, train__epochs=1)
+    assert [row[-1] for row in table(compare([a, b]))[1:]] == ["42.00 ± 1.41", "40.00"]
+
+
+def test_a_row_for_each_epoch_and_for_random_weights(tmp_path):
+    early = result("knn", 30.0, epochs=10)
+    a = make_run(tmp_path / "a", early, result("knn", 40.0), result("knn", 20.0, weights="random"))
+    b = make_run(tmp_path / "b", result("linear", 9.0, weights="random"), train__epochs=1)
+    rows = table(compare([a, b]))
+    assert rows[0][1:5] == ["method", "data", "epochs", "batch"]
+    assert [(row[0], row[3], row[-2], row[-1]) for row in rows[1:]] == [
+        ("a (epoch 10)", "10", "30.00", "–"),
+        ("a (epoch 30)", "30", "40.00", "–"),
+        ("random conv4", "0", "20.00", "9.00"),
+    ]
+
+
+def test_label_free_figures_have_columns_of_their_own(tmp_path):
+    def analysis(rankme: float) -> dict[str, Any]:
+        free = {"rankme": rankme, "uniformity": -1.5, "alignment": 0.25, "features": 64}
+        return result("analysis", 0.0, top1=None, top5=None, protocol={"name": "analysis"}, label_free=free)
+
+    a, b = (make_run(tmp_path / name, analysis(x), train__epochs=e) for name, x, e in (("a", 30.0, 1), ("b", 20.5, 2)))
+    assert [row[-3:] for row in table(compare([a, b]))] == [
+        ["RankMe", "uniformity", "alignment"],
+        ["30.00", "-1.500", "0.250"],
+        ["20.50", "-1.500", "0.250"],
+    ]
+
+
+def test_every_figure_is_in_the_csv(tmp_path):
+    point = {"per_class": 5, "percent": None, "images": 50, "top1": {"mean": 20.0, "std": 1.0, "values": [19.0, 21.0]}}
+    few = result("fewlabel", 0.0, top1=None, top5=None, curve=[point], protocol={"name": "few labels"})
+    check = {"name": "L-BFGS", "top1": {"mean": 44.0, "std": 0.0, "values": [44.0]}}
+    a = make_run(tmp_path / "a", result("probe", 45.0, 46.0, check=check), few)
+    b = make_run(tmp_path / "b", result("probe", 50.0, 52.0), train__epochs=1)
+    found = compare([a, b])
+    assert table(found)[0][-1] == "fast probe"  # the curve has no column
+    lines = list(csv.DictReader(io.StringIO(csv_text(found))))
+    assert [(r["run"], r["evaluator"], r["metric"], r["mean"], r["std_over"], r["values"]) for r in lines] == [
+        ("a", "fewlabel", "top1 at 5 a class", "20.0", "evaluation seeds", "19.0 21.0"),
+        ("a", "probe", "top1", "45.5", "evaluation seeds", "45.0 46.0"),
+        ("a", "probe", "top5", "91.25", "", "91.25"),
+        ("a", "probe", "check.top1", "44.0", "", "44.0"),
+        ("b", "probe", "top1", "51.0", "evaluation seeds", "50.0 52.0"),
+        ("b", "probe", "top5", "91.25", "", "91.25"),
+    ]
+    assert json.loads(lines[1]["protocol_settings"]) == SMALL
+
+
+def test_text_and_markdown_hold_the_same_cells(tmp_path):
+    a = make_run(tmp_path / "a", result("knn", 41.0))
+    b = make_run(tmp_path / "b|c", result("knn", 50.0), train__epochs=1)
+    found = compare([a, b])
+    assert text(found).startswith(format_table(table(found)))
+    lines = markdown(found).splitlines()
+    assert lines[:2] == ["| run | epochs | training seeds | kNN |", "| --- | ---: | ---: | ---: |"]
+    assert lines[3] == "| b\\|c | 30 | 0 | 50.00 |"
+    assert lines[5].startswith("- all rows: ")
+
+
+def test_a_run_that_was_not_evaluated_is_left_out_and_told(tmp_path):
+    a = make_run(tmp_path / "a", result("knn", 41.0))
+    b = make_run(tmp_path / "b", result("knn", 50.0), train__epochs=1)
+    c = make_run(tmp_path / "c")
+    found = compare([a, c, b])
+    assert len(found.rows) == 2
+    assert notes(found)[-1] == f"left out, not evaluated yet: {c}"
+
+
+def test_weights_without_a_config_are_rows_of_their_own(tmp_path):
+    a = make_run(tmp_path / "a", result("knn", 41.0))
+    (tmp_path / "released").mkdir()
+    content = {"format": 1, "results": [result("knn", 60.0, method="relicv2")]}
+    (tmp_path / "released/results.json").write_text(json.dumps(content))
+    assert [row[0] for row in table(compare([a, tmp_path / "released"]))[1:]] == ["a", "released"]
+
+
+def test_what_cannot_be_compared(tmp_path):
+    a = make_run(tmp_path / "a", result("knn", 41.0))
+    b = make_run(tmp_path / "b", result("linear", 50.0), train__epochs=1)
+    with pytest.raises(InputError) as error:
+        compare([a, b])
+    assert "nothing can be compared" in str(error.value)
+    assert "  b: linear (ressl_small) on digits_train.beton and digits_test.beton" in str(error.value)
+    with pytest.raises(InputError, match="nothing can be compared"):
+        compare([a])
+    with pytest.raises(InputError, match="relssl eval knn --weights"):
+        compare([make_run(tmp_path / "empty")])
+    with pytest.raises(InputError, match="is not a folder"):
+        compare([a, tmp_path / "absent"])
+    (tmp_path / "other").mkdir()
+    with pytest.raises(InputError, match=r"neither config\.yaml nor results\.json"):
+        compare([a, tmp_path / "other"])
+    (tmp_path / "b/results.json").write_text("{")
+    with pytest.raises(InputError, match="not a results file"):
+        compare([a, b])
+
+
+def test_the_command_writes_files_and_says_so(capsys, tmp_path):
+    a = make_run(tmp_path / "a", result("knn", 41.0), result("linear", 40.0, 42.0))
+    b = make_run(tmp_path / "b", result("knn", 50.0), result("knn", 9.0, weights="random"), train__epochs=1)
+    files = {name: tmp_path / f"out.{name}" for name in ("csv", "svg", "md")}
+    options = ["--csv", files["csv"], "--plot", files["svg"], "--markdown", files["md"]]
+    assert relssl_run(["compare", str(a), str(b), *map(str, options)]) == 0
+    printed = capsys.readouterr().out
+    assert "random conv4" in printed
+    for name, label in (("csv", "csv"), ("svg", "plot"), ("md", "markdown")):
+        assert f"{label}: {files[name]}" in printed
+    picture = ElementTree.parse(files["svg"])
+    drawn = {element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"kNN", "linear", "a", "b", "41.00", "41.00 ± 1.41", "random conv4"} <= drawn
+    assert files["csv"].read_text().startswith("run,method,weights")
+    assert files["md"].read_text().startswith("| run |")
+    assert relssl_run(["compare", str(a), str(b), "--plot", "plot.txt"]) == 2
+    assert relssl_run(["compare", str(a), str(tmp_path)]) == 3
+
+
+# -- ls
+
+
+def test_runs_are_listed_with_what_they_reached(capsys, tmp_path):
+    done = make_run(tmp_path / "ressl/one", result("knn", 41.0), result("linear", 50.0), result("linear", 48.0))
+    (done / "backbone.safetensors").touch()
+    (done / "metrics.jsonl").write_text('{"kind": "train", "update": 960, "epoch": 30.0}\n')
+    half = make_run(tmp_path / "two", result("knn", 9.0, weights="random"))
+    (half / "metrics.jsonl").write_text('{"kind": "train", "update": 9, "epoch": 12.345}\n{"kind": "tra')
+    make_run(tmp_path / "three", method__name="./mine/byol.py")
+    broken = make_run(tmp_path / "broken", result("knn", 1.0))
+    (broken / "config.yaml").write_text("train: [")
+    (tmp_path / "notes.txt").touch()
+    assert list_runs(tmp_path)[1:] == [
+        ["broken", "–", "–", "–", list_runs(tmp_path)[1][4], "–"],
+        ["ressl/one", "ressl", "digits_train", "30 / 30", "finished", "kNN 41.00, linear (ressl_small) 50.00"],
+        ["three", "byol", "digits_train", "0 / 30", "nothing trained yet", "not evaluated"],
+        ["two", "ressl", "digits_train", "12.35 / 30", "not finished", "not evaluated"],
+    ]
+    assert list_runs(tmp_path)[1][4].startswith("damaged: ")
+    assert relssl_run(["ls", str(tmp_path)]) == 0
+    assert "12.35 / 30" in capsys.readouterr().out
+    assert list_runs(done)[1][0] == "one"
+
+
+def test_places_without_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert relssl_run(["ls"]) == 3
+    assert "runs is not a folder" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"no run in .*config\.yaml"):
+        list_runs(tmp_path)
