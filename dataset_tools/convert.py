@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dataset_tools.images import QUALITY, Encoding, ImageRefused, prepare
-from dataset_tools.mask_files import MaskCount, MaskFolder, MaskRefused
+from dataset_tools.mask_files import MaskCount, MaskFolder, MaskRefused, some_of
 from dataset_tools.sources import Sample, Source, archive, cifar, digits, folder, slimagenet, stl10, tiny_imagenet
 from dataset_tools.stats import ChannelStats, moments
 from pipelines import beton
@@ -79,7 +79,7 @@ class Conversion:
         lines += self.masks.lines(beton.manifest_path(self.path)) if self.masks is not None else []
         if self.skipped:
             lines.append(f"skipped {self.num_skipped:,} of {self.images + self.num_skipped:,} inputs:")
-            lines += [f"  {len(keys):,} x {reason}: {_some(keys)}" for reason, keys in self.skipped.items()]
+            lines += [f"  {len(keys):,} x {reason}: {some_of(keys)}" for reason, keys in self.skipped.items()]
             lines.append(f"  all are listed in {beton.manifest_path(self.path)}")
         return [*lines, f"next: relssl verify {self.path}"]
 
@@ -193,8 +193,10 @@ def convert_source(
     archive that is looked through.
     """
     check_target(out, force=force)
-    if masks is not None and Path(masks).resolve() == Path(source).resolve():
-        raise ConfigError(f"--masks {masks}: expected a folder of masks, this is the one of the images")
+    if masks is not None and Path(masks).resolve().is_relative_to(Path(source).resolve()):
+        raise ConfigError(
+            f"--masks {masks}: expected a folder of masks, this is the one of the images or lies within it"
+        )
     found = open_source(
         source,
         format=format,
@@ -335,10 +337,6 @@ def _parts(sample: Sample) -> Sample:
     return sample
 
 
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-
-
 @dataclass
 class _Run:
     """The state of one conversion: what is in flight, and what has been counted."""
@@ -365,16 +363,23 @@ class _Run:
         while queue:
             yield from self._take(*queue.popleft())
         if self.done.images == 0:
-            reasons = "; ".join(f"{len(keys)} x {reason}: {_some(keys)}" for reason, keys in self.done.skipped.items())
+            reasons = "; ".join(
+                f"{len(keys)} x {reason}: {some_of(keys)}" for reason, keys in self.done.skipped.items()
+            )
             raise InputError(f"{self.done.source}: none of the {self.taken} inputs can be used: {reasons}")
-        if self.done.masks is not None and not self.done.masks.taken:
-            reasons = "; ".join(f"{len(keys)} x {why}: {_some(keys)}" for why, keys in self.done.masks.missing.items())
+        if self.masks is None or self.done.masks is None:
+            return
+        self.done.masks.unused = self.masks.unused()
+        if not self.done.masks.taken:
+            reasons = "; ".join(
+                f"{len(keys)} x {why}: {some_of(keys)}" for why, keys in self.done.masks.missing.items()
+            )
             raise InputError(f"{self.done.masks.source}: none of {self.done.images} images has a mask there: {reasons}")
 
     def _prepare(self, index: int, key: str, image: Any) -> _Ready:
         """Runs in a worker. The pixels are let go here: only what is written waits for its turn."""
         stored = prepare(image, self.encoding)
-        mask = None if self.masks is None else self.masks(key)
+        mask = None if self.masks is None else self.masks(key, *stored.pixels.shape[:2])
         return stored.payload, stored.notes, moments(stored.pixels) if self.stats.wants(index) else None, mask
 
     def _take(self, key: str, label: int | None, future: Future[_Ready]) -> Iterator[beton.Sample]:

@@ -24,7 +24,7 @@ from pipelines.beton_write import check_target
 from pipelines.errors import ConfigError, InputError
 from pipelines.machine import available_cores
 
-METHOD = "robust background detection"
+METHOD = "minimum barrier distance"
 NO_SUBJECT = "no subject found"
 _IN_FLIGHT = 4  # images per worker
 # Entries of a manifest that are about the file itself.

@@ -67,6 +67,7 @@ __all__ = [
 ]
 
 PathLike = str | Path
+_NO_FOREGROUND = "has no foreground: nothing of the image would be left"
 HOW_TO_MASK = "relssl saliency DATA.beton OUT.beton, or relssl convert ... --masks DIR"
 
 
@@ -148,13 +149,15 @@ class Beton:
 
     def packed_mask(self, i: int) -> np.ndarray:
         """The stored mask of sample i: (2048,) uint8, see `beton_format`. Raises InputError, naming file and sample,
-        when there is none, or it cannot be read or is not the one that was written."""
+        when there is none, or it cannot be read, is not the one that was written, or has no foreground."""
         mask = self.read_mask(i)
         if not self.is_mask_as_written(i, mask):
             raise InputError(
                 f"{self.path}: sample {i}: its mask is not the one that was written for it (by its fingerprint in"
                 f" {manifest_path(self.path).name}): overwritten, or exchanged with another sample's"
             )
+        if not mask.any():
+            raise InputError(f"{self.path}: sample {i}: its mask {_NO_FOREGROUND}")
         return mask
 
     def mask(self, i: int) -> np.ndarray:
@@ -432,6 +435,8 @@ def _verify_sample(file: Beton, i: int, digest: Any, report: VerifyReport, *, de
         digest.update(mask)
         if not file.is_mask_as_written(i, mask):
             report.problems.append(f"{file.path}: sample {i}: its mask is not the one that was written for it")
+        elif not mask.any():
+            report.problems.append(f"{file.path}: sample {i}: its mask {_NO_FOREGROUND}")
     if decode:
         file.pixels(i, payload)
         report.decoded += 1

@@ -79,7 +79,8 @@ def write(
 
     An image is JPEG bytes (stored as they are; the header is read, the pixels are not checked) or RGB pixels
     (H, W, 3) uint8, stored raw. A label is an int >= 0, or None for none (stored as -1). With `masks`, samples
-    are (image, label, mask): mask (128, 128) bool, True where the image, stretched to this square, is foreground.
+    are (image, label, mask): mask (128, 128) bool, True where the image, stretched to this square, is foreground,
+    which some of it must be.
     `count`, where known, saves moving data. `about` adds entries to the manifest; a callable is asked once all
     samples have been taken. `names`: what each sample is called, read once all samples have been taken. Returns the
     manifest.
@@ -140,6 +141,8 @@ def _checked_mask(given: list[Any], expected: bool, sample: int) -> bytes | None
     if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (side, side):
         found = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
         raise InputError(f"sample {sample}: expected a mask as bool ({side}, {side}), got {found}")
+    if not mask.any():
+        raise InputError(f"sample {sample}: expected a mask with some foreground, got none; of an unknown one, all")
     return np.packbits(mask).tobytes()
 
 

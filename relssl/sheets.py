@@ -76,7 +76,7 @@ def draw_saliency(data: Path, out: Path, *, num_images: int = 40) -> Path:
     picture = sheet(
         rows,
         column_titles=titles * min(len(found), 2),
-        title="Saliency by robust background detection",
+        title="Saliency by minimum barrier distance",
         caption="a mask that is light all over: no subject was found, the whole image is foreground",
         fit_first_column=False,
     )

@@ -61,7 +61,7 @@ class Data:
         if not self.more:
             return pair
         if self.more == "mask":
-            return *pair, np.full(2048, i, "u1")
+            return *pair, np.full(2048, i + 1, "u1")
         return 0.5, np.frombuffer(b"name", "u1"), *pair, {"i": int(i)}, np.zeros(16, "u1")
 
 for path, more, options in variants:
@@ -175,7 +175,7 @@ def test_we_read_what_stock_ffcv_wrote(theirs: Path, name: str) -> None:
         assert read.manifest is None
         assert read.has_masks == (name == "mask")  # the field `mask` of "more" is something else
         if read.has_masks:
-            assert [read.packed_mask(i).tolist() for i in range(24)] == [[i] * 2048 for i in range(24)]
+            assert [read.packed_mask(i).tolist() for i in range(24)] == [[i + 1] * 2048 for i in range(24)]
         for i, image in enumerate(MIXED):
             difference = np.abs(read.decode(i).astype(int) - image)
             assert difference.mean() < (3 if read.is_jpeg[i] else 1e-9)

@@ -38,7 +38,8 @@ LEFT = np.arange(128) < 64
     [
         ("m.png", left()),
         ("m.png", left(7, 10)),
-        ("m.png", left(600, 500)),
+        ("m.png", left(32, 52)),  # a model's multiple of its stride
+        ("m.png", left(600, 600)),  # stretched to a square
         ("m.png", left(value=128)),
         ("m.png", np.repeat(left()[..., None], 3, axis=2)),
         ("m.png", left().astype(np.uint16) * 200 + 1000),
@@ -47,7 +48,7 @@ LEFT = np.arange(128) < 64
     ],
 )
 def test_masks_of_any_kind(tmp_path: Path, name: str, pixels: np.ndarray) -> None:
-    assert np.array_equal(read_mask(save(tmp_path / name, pixels)), np.tile(LEFT, (128, 1)))
+    assert np.array_equal(read_mask(save(tmp_path / name, pixels), 40, 60), np.tile(LEFT, (128, 1)))
 
 
 def test_a_mask_is_turned_as_its_exif_says(tmp_path: Path) -> None:
@@ -55,7 +56,7 @@ def test_a_mask_is_turned_as_its_exif_says(tmp_path: Path) -> None:
     exif = picture.getexif()
     exif[0x0112] = 6  # to be turned clockwise by a quarter: the left is the top
     picture.save(tmp_path / "m.jpg", exif=exif)
-    assert np.array_equal(read_mask(tmp_path / "m.jpg"), np.tile(LEFT[:, None], (1, 128)))
+    assert np.array_equal(read_mask(tmp_path / "m.jpg", 60, 40), np.tile(LEFT[:, None], (1, 128)))
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,8 @@ def test_a_mask_is_turned_as_its_exif_says(tmp_path: Path) -> None:
         (left(value=1), "mask without foreground", "its largest value is 1, less than 128"),  # classes, not levels
         (left(value=127), "mask without foreground", "its largest value is 127"),
         (np.eye(2000, dtype=np.uint8) * 255, "mask without foreground", "nothing is left of it at 128 x 128"),
+        (left(60, 40), "mask of another shape", "40 x 60 pixels, the image has 60 x 40; expected these proportions or"),
+        (left(40, 80), "mask of another shape", "80 x 40 pixels"),
     ],
 )
 def test_masks_that_cannot_be_used(tmp_path: Path, content: bytes | np.ndarray, reason: str, words: str) -> None:
@@ -75,7 +78,7 @@ def test_masks_that_cannot_be_used(tmp_path: Path, content: bytes | np.ndarray, 
     else:
         save(path, content)
     with pytest.raises(MaskRefused, match=words) as refused:
-        read_mask(path)
+        read_mask(path, 40, 60)
     assert refused.value.reason == reason
 
 
@@ -83,8 +86,8 @@ def test_masks_that_cannot_be_used(tmp_path: Path, content: bytes | np.ndarray, 
 def test_masks_are_found_by_the_name_of_the_image(tmp_path: Path, name: str) -> None:
     save(tmp_path / "masks" / name, left())
     folder = MaskFolder(tmp_path / "masks")
-    assert np.array_equal(folder("cat/x/1.jpeg"), np.tile(LEFT, (128, 1)))
-    missing = folder("cat/x/2.jpeg")
+    assert np.array_equal(folder("cat/x/1.jpeg", 40, 60), np.tile(LEFT, (128, 1)))
+    missing = folder("cat/x/2.jpeg", 40, 60)
     assert isinstance(missing, MaskRefused)
     assert missing.reason == "no mask file"
 
@@ -94,9 +97,27 @@ def test_an_image_is_not_taken_for_its_own_mask(tmp_path: Path, key: str) -> Non
     save(tmp_path / "images" / "1.png")
     (tmp_path / "masks").mkdir()
     folder = MaskFolder(tmp_path / "masks")
-    assert isinstance(folder(key.format(folder=tmp_path)), MaskRefused)
+    assert isinstance(folder(key.format(folder=tmp_path), 40, 60), MaskRefused)
     save(tmp_path / "masks" / "1.png", left())
-    assert isinstance(folder(key.format(folder=tmp_path)), np.ndarray)
+    assert isinstance(folder(key.format(folder=tmp_path), 40, 60), np.ndarray)
+
+
+def test_two_images_do_not_share_a_mask(tmp_path: Path) -> None:
+    save(tmp_path / "masks" / "1.png", left())
+    folder = MaskFolder(tmp_path / "masks")
+    for _ in range(2):
+        assert isinstance(folder("cat/1.jpg", 40, 60), np.ndarray)
+    with pytest.raises(InputError, match=r"1\.png: the mask of cat/1\.jpg and of dog/1\.jpg; .*masks/cat/1\.png or "):
+        folder("dog/1.jpg", 40, 60)
+
+
+def test_masks_of_no_image_are_named(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "cat/2.png", "b.PNG"):
+        save(tmp_path / "masks" / name, left())
+    (tmp_path / "masks" / "notes.txt").write_text("x")
+    folder = MaskFolder(tmp_path / "masks")
+    folder("cat/1.jpg", 40, 60)
+    assert folder.unused() == ["b.PNG", "cat/2.png"]
 
 
 # -- conversion
@@ -104,13 +125,14 @@ def test_an_image_is_not_taken_for_its_own_mask(tmp_path: Path, key: str) -> Non
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Five images, of which one has no mask, one a damaged one, and one cannot be read itself."""
+    """Five images, of which one has no mask, one a damaged one, and one cannot be read itself; and a mask of none."""
     for name in ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.png"):
         save(tmp_path / "images" / name)
     (tmp_path / "images/dog/bad.jpg").write_bytes(b"x")
     for name, width in (("cat/1.png", 60), ("dog/1.png", 64)):
         save(tmp_path / "masks" / name, left(40, width))
     (tmp_path / "masks/dog/2.png").write_bytes(b"no picture")
+    save(tmp_path / "masks/dog/9.png", left())
     return tmp_path / "images"
 
 
@@ -127,8 +149,14 @@ def test_conversion_with_masks(pictures: Path, tmp_path: Path) -> None:
     assert missing["count"] == 2
     assert missing["reasons"] == {"mask that cannot be read": 1, "no mask file": 1}
     assert [entry[0] for entry in missing["inputs"]] == ["cat/2.jpg", "dog/2.png"]
+    assert manifest["masks"]["unused"] == {"count": 1, "files": ["dog/9.png"]}
     text = done.text()
-    for part in (f"masks: 2 from {tmp_path / 'masks'}, 50 %", "1 x no mask file: cat/2.jpg", "skipped 1 of 5 inputs"):
+    for part in (
+        "masks that belong to none of the images: 1: dog/9.png",
+        f"masks: 2 from {tmp_path / 'masks'}, 50 %",
+        "1 x no mask file: cat/2.jpg",
+        "skipped 1 of 5 inputs",
+    ):
         assert part in text
     assert beton.verify(tmp_path / "a.beton", decode=True).ok
 
@@ -155,13 +183,14 @@ def test_folders_that_cannot_be_meant(pictures: Path, tmp_path: Path) -> None:
         convert_source(pictures, tmp_path / "a.beton", masks=tmp_path / "empty")
     with pytest.raises(InputError, match="expected a folder of masks"):
         convert_source(pictures, tmp_path / "a.beton", masks=tmp_path / "absent")
-    with pytest.raises(ConfigError, match="this is the one of the images"):
-        convert_source(pictures, tmp_path / "a.beton", masks=f"{pictures}/../images")
+    for masks in (f"{pictures}/../images", pictures / "cat"):
+        with pytest.raises(ConfigError, match="this is the one of the images or lies within it"):
+            convert_source(pictures, tmp_path / "a.beton", masks=masks)
     assert not (tmp_path / "a.beton").exists()
 
 
 def test_from_python(tmp_path: Path) -> None:
-    save(tmp_path / "masks" / "7.png", left())
+    save(tmp_path / "masks" / "7.png", left(40, 40))
     image = RNG.integers(0, 256, (9, 9, 3), dtype=np.uint8)
     convert([("7", image, 0), ("8", image, 1)], tmp_path / "a.beton", masks=tmp_path / "masks")
     with beton.open(tmp_path / "a.beton") as files:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -852,6 +853,16 @@ def test_a_corrupt_mask_is_named(masked: Path) -> None:
     ]
 
 
+def test_an_empty_mask_is_named(masked: Path) -> None:
+    """Another program's, without a manifest: a view would be grey all over."""
+    beton.manifest_path(masked).unlink()
+    edit(masked, mask_place(masked, 2), bytes(2048))
+    message = f"{masked}: sample 2: its mask has no foreground: nothing of the image would be left"
+    with beton.open(masked) as read, pytest.raises(InputError, match=re.escape(message)):
+        read.packed_mask(2)
+    assert beton.verify(masked).problems == [message]
+
+
 def test_a_field_mask_of_another_kind_is_not_ours(masked: Path) -> None:
     """FFCV's users have had fields of this name before."""
     beton.manifest_path(masked).unlink()
@@ -869,6 +880,7 @@ def test_a_field_mask_of_another_kind_is_not_ours(masked: Path) -> None:
         ((picture(4, 4), 1, np.ones((128, 127), bool)), r"expected a mask as bool \(128, 128\), got bool \(128, 127\)"),
         ((picture(4, 4), 1, np.ones((128, 128), np.uint8)), "got uint8"),
         ((picture(4, 4), 1, None), "got NoneType"),
+        ((picture(4, 4), 1, np.zeros((128, 128), bool)), "sample 0: expected a mask with some foreground, got none"),
     ],
 )
 def test_what_is_no_mask_is_refused(tmp_path: Path, sample: tuple[np.ndarray, int], message: str) -> None:

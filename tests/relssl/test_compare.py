@@ -55,7 +55,9 @@ def test_runs_side_by_side(tmp_path):
     told = notes(compare([a, b]))
     assert told[0] == "all rows: data digits_train, backbone conv4, batch 256, views 3"
     assert "over training seeds where a row has several" in told[1]
-    assert told[2].startswith("kNN: weighted, k = 20, temperature 0.07; neighbours from digits_train.beton (8,400 images)")
+    assert told[2].startswith(
+        "kNN: weighted, k = 20, temperature 0.07; neighbours from digits_train.beton (8,400 images)"
+    )
     assert "probe seed" not in "".join(told)  # rows may have other seeds
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from pipelines.views import ViewSpec
 from relssl.build import make_schedule
-from relssl.config import Recipe, read_yaml, recipe_from
+from relssl.config import Recipe, load_recipe, read_yaml, recipe_from
 from relssl.evaluators.linear import LinearProtocol, linear_protocol
 from relssl.recipes import list_recipes, recipe_path
 
@@ -84,7 +85,7 @@ def plain_evaluation(recipe: Recipe) -> LinearProtocol:
 def test_every_recipe_is_held_to_a_table() -> None:
     tables = {**WCL, **RESA, **RESA_CIFAR, **RELICV2}
     here = {name for name in list_recipes() if name.split("/")[0] in ("wcl", "resa", "relicv2")}
-    assert {name for name in here if not name.endswith(("_cpu", "_masked"))} == tables.keys()
+    assert {name for name in here if not name.endswith(("_cpu", "_masks"))} == tables.keys()
 
 
 @pytest.mark.parametrize("name", WCL)
@@ -283,3 +284,15 @@ def test_the_smoke_recipe_of_relicv2_names_what_it_assumes_of_the_loss() -> None
     recipe = load("relicv2/cifar10_cpu")
     sizes = {"method.hidden_dim", "method.embed_dim", "method.momentum"}  # ours, for a small network and few epochs
     assert recipe.about.assumptions.keys() == {key for key in ASSUMED if key.startswith("method.")} - sizes
+
+
+def test_the_recipe_with_masks_is_the_other_one_but_for_them() -> None:
+    """One large crop in ten loses its background, no small one does; and the recipe says how masks are made."""
+    masks, without = (load_recipe(recipe_path(f"relicv2/imagenet_resnet50_1000ep{end}")) for end in ("_masks", ""))
+    (_, plan), (_, other) = (recipe.views.specs()[0] for recipe in (masks, without))
+    assert [spec.mask_p for spec in plan] == [0.1, 0.1, 0.0, 0.0]
+    assert [replace(spec, mask_p=0) for spec in plan] == list(other)
+    same = {"method", "backbone", "optim", "train", "eval"}
+    assert masks.model_dump(include=same) == without.model_dump(include=same)
+    told = recipe_path("relicv2/imagenet_resnet50_1000ep_masks").read_text()
+    assert f"relssl saliency imagenet-train.beton {masks.data.train}" in told
