@@ -287,6 +287,8 @@ def _protocol_text(entry: Mapping[str, Any]) -> str:
     seeds = entry.get("seeds") or []
     if seeds:
         told.append(f"probe seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
+    if _number(entry.get("update")) is not None:
+        told.append(f"weights of update {entry['update']}")
     if entry.get("pretrained_on"):
         told.append(f"pre-trained on {entry['pretrained_on']}")
     if entry.get("train"):
@@ -517,6 +519,7 @@ def _context(run: _Run, picture_budget: int) -> dict[str, Any]:
         "time": _time(run),
         "views_picture": _data_uri(run.path / "views.png", picture_budget, notes),
         "neighbours_picture": _data_uri(run.path / "neighbours.png", picture_budget, notes),
+        "retrieval_picture": _data_uri(run.path / "retrieval.png", picture_budget, notes),
         "env": [(key, _plain(value)) for key, value in run.env.items() if key not in ("command", "argv")],
         "config": _cut(run.config_text),
         "command": _cut(str(command)) if command else None,

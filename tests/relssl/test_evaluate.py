@@ -340,6 +340,7 @@ def test_retrieval_is_an_entry_and_a_picture(run, trained):
     page = write_report(run).read_text()
     assert "retrieval mAP" in page
     assert "retrieval R@3" in page
+    assert "what their features find in the gallery" in page
 
 
 def test_retrieval_within_the_queries(run, tmp_path, capsys):
@@ -378,7 +379,9 @@ def test_following_a_run_that_has_ended_goes_through_its_checkpoints_once(run):
     assert follow_run(run, knn_of, command="follow") == 3
     assert updates(run) == [1, 2, 3]
     assert follow_run(run, knn_of, command="follow") == 0
-    assert "kNN top-1 of checkpoints" in write_report(run).read_text()
+    page = write_report(run).read_text()
+    assert "kNN top-1 of checkpoints" in page
+    assert "weights of update 3" in page
 
 
 def test_following_goes_on_where_it_stopped(run):
