@@ -128,11 +128,21 @@ def test_a_published_list(run, tmp_path):
     portion = Portion(listing=tmp_path / "few.txt")
     (entry,) = evaluate_knn(open_weights(run), k=3, portion=portion)
     assert (entry["num_train"], entry["subset"]) == (4, "few.txt")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "few.txt").write_text("dark_10.png\nlight_11.png\nlight_3.png\n")
+    evaluate_knn(open_weights(run), k=3, portion=Portion(listing=tmp_path / "other" / "few.txt"))
+    assert [e["num_train"] for e in read_results(run)] == [4, 3]  # lists of one name are not one list
     with pytest.raises(ConfigError, match=r"k = 5 neighbours asked for, .* 4\."):
         evaluate_knn(open_weights(run), portion=portion)
     (tmp_path / "few.txt").write_text("dark_0.png\ndark_2.png\n")
     with pytest.raises(InputError, match=r"train.beton \(few.txt\) has no image of 1 of the classes of .*: light"):
         evaluate_knn(open_weights(run), k=2, portion=portion)
+
+
+def test_random_weights_are_called_that(run, capsys):
+    assert command(["eval", "knn", "--weights", str(run), "--random-init"]) == 0
+    assert "random weights; neighbours from train.beton; tested on test.beton" in capsys.readouterr().out
+    assert read_results(run)[0]["pretrained_on"] is None
 
 
 def test_two_ways_to_choose_labels_are_one_too_many(run, tmp_path, capsys):
