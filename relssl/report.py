@@ -307,6 +307,8 @@ def protocol_text(entry: Mapping[str, Any]) -> str:
     seeds = entry.get("seeds") or []
     if seeds:
         told.append(f"probe seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
+    if _number(entry.get("update")) is not None:
+        told.append(f"weights of update {entry['update']}")
     if entry.get("pretrained_on"):
         told.append(f"pre-trained on {entry['pretrained_on']}")
     if entry.get("train"):
@@ -568,6 +570,7 @@ def _context(run: _Run, picture_budget: int) -> dict[str, Any]:
         "views_picture": _data_uri(run.path / "views.png", picture_budget, notes),
         "neighbours_picture": _data_uri(sheet["path"] if sheet else run.path / "neighbours.png", picture_budget, notes),
         "neighbours_text": _neighbours_text(sheet),
+        "retrieval_picture": _data_uri(run.path / "retrieval.png", picture_budget, notes),
         "env": [(key, _plain(value)) for key, value in run.env.items() if key not in ("command", "argv")],
         "config": _cut(run.config_text),
         "command": _cut(str(command)) if command else None,

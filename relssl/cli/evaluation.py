@@ -278,4 +278,5 @@ def _data(entry: dict[str, Any]) -> str:
     use = {"knn": "neighbours from", "retrieval": "gallery"}.get(entry["evaluator"], "trained on")
     trained = "" if entry["train"] is None else f"; {use} {entry['train']}{subset}"
     picture = "" if entry.get("picture") is None else f"\npicture: {entry['picture']}"
-    return f"pre-trained on {entry['pretrained_on']}{trained}; tested on {entry['test']}{picture}"
+    before = "random weights" if entry["pretrained_on"] is None else f"pre-trained on {entry['pretrained_on']}"
+    return f"{before}{trained}; tested on {entry['test']}{picture}"

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from pipelines import beton
 from pipelines.errors import ConfigError, InputError
 from pipelines.loader import ViewLoader
-from pipelines.subset import balanced, listed
+from pipelines.subset import Subset, balanced, listed
 from pipelines.views import ViewSpec
 from relssl.encode import encode, feature_loader, frozen_copy
 from relssl.evaluate.weights import Weights
@@ -255,6 +256,14 @@ class Task:
             )
         )
 
+    def _identity(self) -> list[str | None]:
+        """Hashes of the data files, and of which training images were chosen."""
+        hashes = [files.content_hash for files in self.opened.values()]
+        chosen = self.sets.get("train")
+        if isinstance(chosen, Subset):
+            hashes.append(blake2b(chosen.ids.tobytes(), digest_size=16).hexdigest())
+        return hashes
+
     def write(
         self,
         evaluator: str,
@@ -277,10 +286,10 @@ class Task:
             "train": self.names.get("train"),
             "test": self.names.get("test"),
             "subset": None if self.portion.is_all else str(self.portion),
-            "data": [files.content_hash for files in self.opened.values()],
+            "data": self._identity(),
             "num_train": len(self.sets["train"]) if "train" in self.sets else None,
             "num_test": len(self.sets["test"]) if "test" in self.sets else None,
-            "pretrained_on": _short(recipe.data.train),
+            "pretrained_on": None if self.weights.origin == "random" else _short(recipe.data.train),
             "view": _view_as_text(self.view),
             "backbone": recipe.backbone.name,
             "method": recipe.method_name,

@@ -128,11 +128,21 @@ def test_a_published_list(run, tmp_path):
     portion = Portion(listing=tmp_path / "few.txt")
     (entry,) = evaluate_knn(open_weights(run), k=3, portion=portion)
     assert (entry["num_train"], entry["subset"]) == (4, "few.txt")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "few.txt").write_text("dark_10.png\nlight_11.png\nlight_3.png\n")
+    evaluate_knn(open_weights(run), k=3, portion=Portion(listing=tmp_path / "other" / "few.txt"))
+    assert [e["num_train"] for e in read_results(run)] == [4, 3]  # lists of one name are not one list
     with pytest.raises(ConfigError, match=r"k = 5 neighbours asked for, .* 4\."):
         evaluate_knn(open_weights(run), portion=portion)
     (tmp_path / "few.txt").write_text("dark_0.png\ndark_2.png\n")
     with pytest.raises(InputError, match=r"train.beton \(few.txt\) has no image of 1 of the classes of .*: light"):
         evaluate_knn(open_weights(run), k=2, portion=portion)
+
+
+def test_random_weights_are_called_that(run, capsys):
+    assert command(["eval", "knn", "--weights", str(run), "--random-init"]) == 0
+    assert "random weights; neighbours from train.beton; tested on test.beton" in capsys.readouterr().out
+    assert read_results(run)[0]["pretrained_on"] is None
 
 
 def test_two_ways_to_choose_labels_are_one_too_many(run, tmp_path, capsys):
@@ -340,6 +350,7 @@ def test_retrieval_is_an_entry_and_a_picture(run, trained):
     page = write_report(run).read_text()
     assert "retrieval mAP" in page
     assert "retrieval R@3" in page
+    assert "what their features find in the gallery" in page
 
 
 def test_retrieval_within_the_queries(run, tmp_path, capsys):
@@ -378,7 +389,9 @@ def test_following_a_run_that_has_ended_goes_through_its_checkpoints_once(run):
     assert follow_run(run, knn_of, command="follow") == 3
     assert updates(run) == [1, 2, 3]
     assert follow_run(run, knn_of, command="follow") == 0
-    assert "kNN top-1 of checkpoints" in write_report(run).read_text()
+    page = write_report(run).read_text()
+    assert "kNN top-1 of checkpoints" in page
+    assert "weights of update 3" in page
 
 
 def test_following_goes_on_where_it_stopped(run):
