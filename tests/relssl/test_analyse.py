@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from relssl.cli import run as relssl_run
 from relssl.config import load_recipe
 from relssl.evaluators.probe import ProbeProtocol
+from relssl.pictures import neighbour_sheet
 from relssl.report import write_report
 from relssl.runfolder import read_results
 from relssl.train import train
@@ -170,7 +172,14 @@ def test_random_weights_are_analysed_beside_the_trained_ones(capsys, run, quick)
     assert "<th>random initialisation</th><th>pre-trained</th></tr>" in page
 
 
-def test_an_analysis_without_labels(capsys, run, tmp_path):
+def test_an_analysis_without_labels(capsys, run, tmp_path, monkeypatch):
+    drawn = []
+
+    def record(rows, **told):
+        drawn.append((rows, told["similarities"]))
+        return neighbour_sheet(rows, **told)
+
+    monkeypatch.setattr("relssl.evaluate.analysis.neighbour_sheet", record)
     data = tiny.write_data(tmp_path / "unlabelled.beton", labels=False)
     arguments = ["--train", data, "--test", data, "--map", "tsne"]
     code, text = relssl(capsys, "eval", "analyse", "--weights", run, *arguments)
@@ -183,6 +192,9 @@ def test_an_analysis_without_labels(capsys, run, tmp_path):
     page = write_report(run).read_text()
     assert "t-SNE of the features of 48 test images" in page
     assert "Confusions" not in page
+    ((rows, similarities),) = drawn  # the data is its own test set: no image is its own neighbour
+    assert not any(np.array_equal(query, found) for query, neighbours in rows for found in neighbours)
+    assert all(0 < value < 1 + 1e-5 for line in similarities for value in line)
 
 
 def test_an_analysis_of_a_run_that_has_no_test_data(capsys, tmp_path):

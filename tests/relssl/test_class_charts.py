@@ -93,5 +93,8 @@ def test_a_spread_is_a_band():
     assert not elements(plain, "polygon")
     (band,) = elements(banded, "polygon")
     heights = [float(pair.split(",")[1]) for pair in band.get("points").split()]
-    assert heights[0] < heights[3]  # 15 above 5 at the first point
+    (line,) = elements(banded, "polyline")
+    middle = float(line.get("points").split()[0].split(",")[1])
+    assert heights[0] < middle < heights[3]  # 15 above 10 above 5 at the first point
+    assert heights[0] + heights[3] == pytest.approx(2 * middle, abs=0.2)
     assert heights[1] == heights[2]

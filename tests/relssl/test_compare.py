@@ -16,7 +16,7 @@ import yaml
 from pipelines.errors import InputError
 from relssl.cli import run as relssl_run
 from relssl.compare import compare
-from relssl.compare_output import csv_text, markdown, notes, table, text
+from relssl.compare_output import csv_text, draw, markdown, notes, table, text
 from relssl.listing import list_runs
 from relssl.report import format_table
 from tests.relssl.test_report import CONFIG, SMALL, entry
@@ -249,6 +249,18 @@ def test_the_command_writes_files_and_says_so(capsys, tmp_path):
     assert files["md"].read_text().startswith("| run |")
     assert relssl_run(["compare", str(a), str(b), "--plot", "plot.txt"]) == 2
     assert relssl_run(["compare", str(a), str(tmp_path)]) == 3
+
+
+def test_whiskers_are_one_standard_deviation(tmp_path, monkeypatch):
+    a = make_run(tmp_path / "a", result("knn", 40.0, 42.0))
+    b = make_run(tmp_path / "b", result("knn", 50.0), train__epochs=1)
+    bars = []
+    monkeypatch.setattr("relssl.bench.plot.draw_bar", lambda axis, place, values, *rest: bars.append(values))
+    draw(compare([a, b]), tmp_path / "out.svg")
+    assert bars == [
+        {"median": 41.0, "min": pytest.approx(39.586, abs=1e-3), "max": pytest.approx(42.414, abs=1e-3)},
+        {"median": 50.0, "min": 50.0, "max": 50.0},
+    ]
 
 
 # -- ls
