@@ -252,7 +252,8 @@ def _scores(entry: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _data_of(entry: Mapping[str, Any], which: str) -> str:
     subset = entry.get("subset") if which == "train" else None
-    return f"{entry.get(which)}, {subset}" if subset else str(entry.get(which))
+    name = str(entry.get(which) or "")
+    return f"{name}, {subset}" if subset else name
 
 
 def protocol_name(entry: Mapping[str, Any]) -> str:
@@ -265,7 +266,7 @@ def protocol_name(entry: Mapping[str, Any]) -> str:
 def _distinguishing(key: tuple[str, ...], keys: list[tuple[str, ...]]) -> list[str]:
     """The parts of a key that tell it from others of its evaluator: protocol, then data files."""
     rivals = [other for other in keys if other[0] == key[0]]
-    return [key[i] for i in (1, 2, 3) if len({rival[i] for rival in rivals}) > 1]
+    return [key[i] for i in (1, 2, 3) if key[i] and len({rival[i] for rival in rivals}) > 1]
 
 
 def accuracy_text(accuracy: Mapping[str, Any] | None) -> str:
@@ -292,7 +293,7 @@ def protocol_text(entry: Mapping[str, Any]) -> str:
         told = [f"weighted, k = {p.get('k', 20)}, temperature {votes}" if votes else f"equal votes, k = {p.get('k')}"]
         told += ["Euclidean distance"] if p.get("distance") == "euclidean" else []
     elif entry.get("evaluator") == "retrieval":
-        told = ["nearest by cosine similarity; mAP over the whole gallery"]
+        told = [f"nearest by cosine similarity {p.get('name')}, mAP over all of them"]
     elif entry.get("evaluator") == "probe":
         told = _probe_text(entry, p)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from relssl.evaluate.task import ALL, Portion, Task
 from relssl.evaluate.weights import Weights
 from relssl.evaluators.features import check_k, normalise, summarise, top_neighbours
 from relssl.evaluators.retrieval import RetrievalScores, check_relevant, retrieval_scores
+
+log = logging.getLogger("relssl.evaluate")
 
 DEFAULT_K = (1, 5, 10)
 _NEIGHBOURS = 8
@@ -37,7 +40,8 @@ def evaluate_retrieval(
     Args:
         k: of recall@k.
         within: no gallery: each test image is looked up among the other test images.
-        sheet: where to draw some queries with their neighbours; `retrieval.png` beside the weights when None.
+        sheet: where to draw some queries with their neighbours; `retrieval.png` beside the weights when None
+            (`retrieval-random.png`, `retrieval-within.png`).
         num_queries: how many, evenly spaced over the test images; 0 draws none.
     """
     if within and (train is not None or not portion.is_all):
@@ -47,14 +51,15 @@ def evaluate_retrieval(
         _check(task, where, k)
         (query_x, query_y), (gallery_x, gallery_y) = task.features("test"), task.features(where)
         query_x, gallery_x = query_x.to(task.device), gallery_x.to(task.device)
+        log.info("ranking %d images for each of %d queries", len(gallery_x) - within, len(query_x))
         gallery = {} if within else {"gallery_x": gallery_x, "gallery_y": gallery_y}
         found = retrieval_scores(query_x, query_y, **gallery, k=k, class_names=task.sets["test"].classes)
         extra: dict[str, Any] = {"scores": as_scores(found)}
         if num_queries:
-            place = sheet or weights.folder / _sheet_name(weights)
+            place = sheet or weights.folder / _sheet_name(weights, within)
             _draw(task, query_x, gallery_x, within, found, place, num_queries)
             extra["picture"] = str(place)
-        protocol = {"name": "retrieval within the test images" if within else "retrieval", "k": list(k)}
+        protocol = {"name": f"among the {'test' if within else 'training'} images", "k": list(k)}
         return task.write("retrieval", [], [], protocol, [], command, extra)
 
 
@@ -73,8 +78,9 @@ def as_scores(found: RetrievalScores) -> dict[str, Any]:
     return {"mAP": summarise([found["map"]]), **recall}
 
 
-def _sheet_name(weights: Weights) -> str:
-    return "retrieval.png" if weights.origin == "pretrained" else f"retrieval-{weights.origin}.png"
+def _sheet_name(weights: Weights, within: bool) -> str:
+    parts = ["retrieval", "" if weights.origin == "pretrained" else weights.origin, "within" if within else ""]
+    return "-".join(part for part in parts if part) + ".png"
 
 
 def _draw(

@@ -347,9 +347,16 @@ def test_retrieval_is_an_entry_and_a_picture(run, trained):
     with Image.open(run / "retrieval.png") as sheet:
         assert sheet.height > sheet.width / 3
     evaluate_retrieval(open_weights(run, random_init=True), k=(1, 3))
+    assert "retrieval R@3" in write_report(run).read_text()
+    evaluate_retrieval(open_weights(run), k=(1, 3), within=True)
     page = write_report(run).read_text()
-    assert "retrieval mAP" in page
-    assert "retrieval R@3" in page
+    assert "retrieval (among the training images, train.beton) mAP" in page
+    assert "retrieval (among the test images) mAP" in page
+    assert {path.name for path in run.glob("retrieval*")} == {
+        "retrieval.png",
+        "retrieval-random.png",
+        "retrieval-within.png",
+    }
     assert "what their features find in the gallery" in page
 
 
