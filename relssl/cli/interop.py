@@ -56,7 +56,7 @@ def import_weights(
     foreign, chosen = import_backbone(
         checkpoint, out, source=source, branch=branch, recipe=recipe, overrides=overrides or (), epoch=epoch
     )
-    _say_what_it_is(foreign, foreign.branch(branch))
+    _say_what_it_is(foreign, foreign.branch(branch), epoch)
     _say_recipe(chosen)
     typer.echo(
         f"backbone: {out}\n"
@@ -108,7 +108,7 @@ def _import_run(
         fresh_optimizer=fresh_optimizer,
         command=command_line(),
     )
-    _say_what_it_is(foreign, None)
+    _say_what_it_is(foreign, None, epoch)
     _say_recipe(chosen)
     epochs = chosen.recipe.train.epochs
     typer.echo(
@@ -123,10 +123,12 @@ def _import_run(
     typer.echo(f"next: relssl train {out}/config.yaml --out {out} --resume auto")
 
 
-def _say_what_it_is(foreign: Any, branch: str | None) -> None:
+def _say_what_it_is(foreign: Any, branch: str | None, epoch: int | None) -> None:
     name, options = foreign.architecture
     told = name + "".join(f", {key} {value}" for key, value in options.items())
     epochs = "epochs not in the file" if foreign.epoch is None else f"{foreign.epoch} epochs"
+    if foreign.epoch is None and epoch is not None:
+        epochs = f"{epoch} epochs, as given"
     which = "" if branch is None or len(foreign.layout.backbones) == 1 else f", {branch} branch"
     typer.echo(
         f"{foreign.path}: {foreign.layout.kind}, {told}, {epochs}{which}; {len(foreign.tensors)} entries, all fit"

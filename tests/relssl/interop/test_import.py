@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+import shlex
 import sys
 import types
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +20,19 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor
+from typer.main import get_command
 
 import relssl
 from pipelines.errors import ConfigError, InputError
 from relssl.evaluate import evaluate_knn, open_weights
 from relssl.interop import haiku, import_checkpoint
 from relssl.interop.foreign import open_foreign
+from relssl.interop.formats import SOURCES
 from relssl.interop.importing import choose_recipe, import_backbone
+from relssl.interop.keys import backbone_shapes, identify
 from relssl.nets import build_backbone
 from relssl.nets.resnet import BasicBlock, Bottleneck, ResNet
+from relssl.recipes import list_recipes
 from relssl.runfolder import read_results
 from relssl.weights import load_backbone
 from tests.relssl import golden, tiny
@@ -547,6 +554,37 @@ def test_recipes_of_the_released_files(tmp_path) -> None:
     assert (found.name, found.certainty) == ("wcl/imagenet_resnet50_100ep", "the only one that fits")  # by its epochs
     with pytest.raises(ConfigError, match=r"resa/imagenet_resnet50_bs1024_100ep \| resa/imagenet_resnet50_bs256_100ep"):
         choose_recipe(of(originals.resa()))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("relicv2_resnet50", {"width": 4}),
+        ("relicv2_resnet101", {}),
+        ("relicv2_resnet200", {"width": 2}),
+        ("resnet50", {"width": 2}),
+        ("resnet18", {"stem": "cifar"}),
+        ("conv4", {"width": 0.5}),
+    ],
+)
+def test_architectures_are_told_by_their_shapes(name, options) -> None:
+    shapes = backbone_shapes(name, options)
+    assert identify(shapes, "x", haiku=name.startswith("relicv2")) == (name, options)
+
+
+def test_the_lines_of_the_documentation_can_be_typed() -> None:
+    from relssl.cli import app
+
+    options = {o for p in get_command(app).commands["import"].params for o in p.opts if o.startswith("--")}
+    text = (Path(relssl.__file__).parents[1] / "docs/checkpoints.md").read_text()
+    lines = [shlex.split(line) for line in re.findall(r"`(relssl import [^`]+)`", text)]
+    assert len(lines) > 10
+    for line in lines:
+        values = dict(pairwise(line))
+        assert values.get("--recipe", list_recipes()[0]) in list_recipes(), line
+        assert values.get("--from", "auto") in ("auto", *SOURCES)
+        assert {word for word in line if word.startswith("--")} <= options
+        assert line[3].endswith(".safetensors")
 
 
 def test_a_recipe_takes_the_files_backbone(tmp_path) -> None:
