@@ -85,7 +85,9 @@ def load_backbone(path: Path) -> BackboneFile:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read weights from {path}: {error}") from None
+        raise InputError(
+            f"cannot read weights from {path}: {error}; a checkpoint of another code comes in by relssl import"
+        ) from None
     if header.get("format") != FORMAT:
         raise InputError(
             f"{path} is not a backbone written by relssl (its header says {header.get('format', 'nothing')!r}); "

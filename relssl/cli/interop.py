@@ -150,5 +150,7 @@ def _say_recipe(chosen: Any) -> None:
 
 
 def _check_free(out: Path, force: bool) -> None:
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder; name the file to write")
     if out.exists() and not force:
         raise ConfigError(f"{out} exists; use --force to overwrite it")

@@ -64,6 +64,8 @@ def export(
     if bake_normalisation and not isinstance(writer, Onnx):
         raise ConfigError(f"--bake-normalisation is of onnx, whose files hold a whole network; {format} holds weights")
     for path in (out, card):
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder; name the file to write")
         if path.exists() and not force:
             raise ConfigError(f"{path} exists; use --force to overwrite it")
     weights = open_weights(run)

@@ -160,6 +160,9 @@ def test_formats_and_names(tmp_path) -> None:
         export(run, tmp_path / "out.bin", "safetensors")
     with pytest.raises(ConfigError, match="--bake-normalisation is of onnx"):
         export(run, tmp_path / "out.safetensors", "safetensors", bake_normalisation=True)
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(ConfigError, match="is a folder"):
+        export(run, tmp_path / "folder.safetensors", "safetensors", force=True)
     export(run, tmp_path / "out.safetensors", "safetensors")
     with pytest.raises(ConfigError, match="exists; use --force"):
         export(run, tmp_path / "out.safetensors", "safetensors")
