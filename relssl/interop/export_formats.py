@@ -36,8 +36,8 @@ class Subject:
         self.backbone = copy.deepcopy(weights.backbone).float().eval().requires_grad_(False)
         self.view = weights.recipe.eval_spec()
         self.size = self.view.size
-        normalize = weights.recipe.views.normalize
-        self.mean, self.std = normalize.mean, normalize.std
+        mean, std = self.view.normalize or ((0.0,) * 3, (1.0,) * 3)
+        self.mean, self.std = tuple(mean), tuple(std)
         self.bakes = bakes
         self.network = _Normalised(self.backbone, self.mean, self.std).eval() if bakes else self.backbone
 

@@ -23,7 +23,8 @@ from relssl.nets import build_backbone
 from relssl.runfolder import now
 
 _DDP = "module."
-_ANY_DATA = DataInfo(num_samples=1, num_classes=None, global_batch=1, total_updates=1, updates_per_epoch=1)
+# As little as every method takes: only names and shapes are wanted.
+_ANY_DATA = DataInfo(num_samples=4, num_classes=None, global_batch=4, total_updates=1, updates_per_epoch=1)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,9 +121,9 @@ def choose_recipe(foreign: Foreign, wanted: str | None = None, overrides: Sequen
     """
     if wanted is not None:
         return _given(foreign, wanted, overrides)
-    fitting = {name: recipe for name, recipe in _recipes_of(foreign).items() if _fits(recipe, foreign)}
-    by_epoch = {name: recipe for name, recipe in fitting.items() if recipe.train.epochs == foreign.epoch}
-    fitting = by_epoch or fitting
+    fitting = {name: recipe for name, recipe in _recipes_of(foreign.layout.method).items() if _fits(recipe, foreign)}
+    for says_so in (_has_its_sizes, _has_its_epochs):
+        fitting = {name: recipe for name, recipe in fitting.items() if says_so(recipe, foreign)} or fitting
     first, *others = fitting or [""]
     if not fitting or len({_evaluation(recipe) for recipe in fitting.values()}) > 1:
         raise ConfigError(_which(foreign, list(fitting)))
@@ -173,8 +174,8 @@ def _architecture_for(recipe: Recipe, foreign: Foreign) -> tuple[str, dict[str, 
     return name, options
 
 
-def _recipes_of(foreign: Foreign) -> dict[str, Recipe]:
-    method = foreign.layout.method
+@cache
+def _recipes_of(method: str | None) -> dict[str, Recipe]:
     names = [name for name in list_recipes() if name.partition("/")[0] == method]
     return {name: recipe_from(read_yaml(recipe_path(name)), name) for name in names}
 
@@ -188,9 +189,19 @@ def _fits(recipe: Recipe, foreign: Foreign) -> bool:
     return backbone_shapes(name, theirs) == backbone_shapes(name, options)
 
 
+def _has_its_sizes(recipe: Recipe, foreign: Foreign) -> bool:
+    """Whether the method's sizes are those of the file's heads, as far as it has any."""
+    own = recipe.method_config()
+    return all(getattr(own, key) == value for key, value in foreign.settings.items())
+
+
+def _has_its_epochs(recipe: Recipe, foreign: Foreign) -> bool:
+    return recipe.train.epochs == foreign.epoch
+
+
 def _evaluation(recipe: Recipe) -> str:
     """What a figure depends on besides the weights."""
-    parts = [recipe.views.normalize, recipe.eval.knn, recipe.eval.linear]
+    parts = [recipe.views.normalize, recipe.eval.knn, recipe.eval.linear, recipe.eval.finetune]
     options = sorted((k, v) for k, v in recipe.backbone.options.items() if k != "zero_init_residual")
     return repr([[part.model_dump(mode="json") for part in parts], recipe.eval.view, options])
 
@@ -203,7 +214,7 @@ def _which(foreign: Foreign, fitting: list[str]) -> str:
             f"{foreign.path} is a {foreign.layout.kind} ({told}); {len(fitting)} recipes have this backbone and "
             f"prepare or evaluate images differently. Say which it was trained with: --recipe {' | '.join(fitting)}"
         )
-    recipes = list(_recipes_of(foreign))
+    recipes = list(_recipes_of(foreign.layout.method))
     known = " | ".join(recipes) if recipes else "NAME, see relssl configs"
     return (
         f"{foreign.path} is a {foreign.layout.kind}, and no recipe of it has its backbone ({told}). Say whose views "

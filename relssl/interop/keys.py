@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -79,8 +80,13 @@ def identify(shapes: Shapes, where: str, *, haiku: bool = False) -> tuple[str, d
 
 def backbone_shapes(name: str, options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a backbone's state dict."""
+    return dict(_backbone_shapes(name, json.dumps(options)))
+
+
+@cache
+def _backbone_shapes(name: str, options: str) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        return shapes_of(build_backbone(name, **options).state_dict())
+        return shapes_of(build_backbone(name, **json.loads(options)).state_dict())
 
 
 def _nearest(shapes: Shapes, haiku: bool) -> tuple[str, dict[str, Any]]:
@@ -109,7 +115,6 @@ def _by_depth(names: tuple[str, ...], shapes: Shapes) -> str:
     return min(names, key=lambda name: sum(abs(a - b) for a, b in zip(_depths_of(name), depths, strict=True)))
 
 
-@cache
 def _depths_of(name: str) -> tuple[int, ...]:
     return _depths(backbone_shapes(name, {}))
 

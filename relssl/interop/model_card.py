@@ -18,9 +18,11 @@ import yaml
 
 from pipelines.errors import InputError
 from relssl import checkpoint
+from relssl.compare import METRICS, metrics_of
 from relssl.config import Recipe
 from relssl.evaluate import Weights
 from relssl.methods import load_method
+from relssl.report import DISPLAY, accuracy_text, protocol_text
 from relssl.runfolder import RunFolder, now, read_results, write_atomically
 
 _UNKNOWN = "unknown"
@@ -61,7 +63,7 @@ def write_card(path: Path, card: Card) -> None:
         title=f"{recipe.method_name}, {recipe.backbone.name}",
         about=_about(recipe, folder),
         method=recipe.method_name,
-        labelled="labels" in load_method(folder.method_place(recipe)).NEEDS,
+        trained=_trained(weights, folder),
         origin=weights.imported and {"continued": False, **weights.imported},
         training=list(_training(weights, folder)),
         rows=[_row(entry) for entry in _results(weights)],
@@ -95,6 +97,13 @@ def _about(recipe: Recipe, folder: RunFolder) -> str:
     """The first line of the method's file, which names its paper."""
     module = sys.modules[load_method(folder.method_place(recipe)).__module__]
     return (module.__doc__ or recipe.method_name).strip().splitlines()[0].rstrip(":.")
+
+
+def _trained(weights: Weights, folder: RunFolder) -> str:
+    if weights.origin == "random":
+        return "with its initial weights"
+    labels = "with" if "labels" in load_method(folder.method_place(weights.recipe)).NEEDS else "without"
+    return f"pre-trained {labels} labels" + (", then fine-tuned with labels" if weights.origin == "finetuned" else "")
 
 
 def _training(weights: Weights, folder: RunFolder) -> Iterator[tuple[str, str]]:
@@ -148,38 +157,30 @@ def _results(weights: Weights) -> list[dict[str, Any]]:
     """Evaluations of these very weights, and of random ones beside them."""
 
     def is_ours(entry: Mapping[str, Any]) -> bool:
-        if entry.get("weights") == "random":
-            return True
         mine, theirs = weights.imported or {}, entry.get("imported") or {}
-        same_origin = all(mine.get(key) == theirs.get(key) for key in ("sha256", "branch"))
-        return entry.get("epochs") == weights.epochs and same_origin
+        same_file = all(mine.get(key) == theirs.get(key) for key in ("sha256", "branch"))
+        same_time = entry.get("epochs") == weights.epochs and entry.get("update") == weights.update
+        return entry.get("weights") == "random" or (entry.get("weights") == weights.origin and same_time and same_file)
 
     return [entry for entry in read_results(weights.folder) if is_ours(entry)]
 
 
 def _row(entry: Mapping[str, Any]) -> dict[str, str]:
-    protocol = entry.get("protocol") or {}
-    told = str(protocol.get("name", ""))
-    if "k" in protocol:
-        told += f", k = {protocol['k']}, T = {protocol.get('temperature')}"
+    name = str(entry.get("evaluator"))
+    figures = [_figure(metric, score) for metric, score in metrics_of(entry)]
     return {
-        "evaluator": {"knn": "kNN"}.get(name := str(entry.get("evaluator")), name),
+        "evaluator": DISPLAY.get(name, name),
         "weights": str(entry.get("weights")),
-        "protocol": told,
-        "train": f"{entry.get('train')} ({entry.get('num_train'):,})",
-        "test": f"{entry.get('test')} ({entry.get('num_test'):,})",
-        "top1": _accuracy(entry.get("top1")),
-        "top5": _accuracy(entry.get("top5")),
-        "seeds": str(len(entry.get("seeds") or []) or "-"),
+        "figures": ", ".join(figures) or "-",
+        "how": protocol_text(entry),
         "date": str(entry.get("date", ""))[:10],
     }
 
 
-def _accuracy(score: Mapping[str, Any] | None) -> str:
-    if not score:
-        return "-"
-    several = len(score.get("values") or []) > 1
-    return f"{score['mean']:.2f} %" + (f" ± {score['std']:.2f}" if several else "")
+def _figure(metric: str, score: Mapping[str, Any]) -> str:
+    if metric.startswith("label_free."):
+        return f"{metric.removeprefix('label_free.')} {score['mean']:.3g}"
+    return f"{METRICS.get(metric, metric)} {accuracy_text(score)} %"
 
 
 def _config(recipe: Recipe) -> str:

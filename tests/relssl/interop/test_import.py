@@ -24,6 +24,7 @@ from typer.main import get_command
 
 import relssl
 from pipelines.errors import ConfigError, InputError
+from relssl.compare import compare
 from relssl.evaluate import evaluate_knn, open_weights
 from relssl.interop import haiku, import_checkpoint
 from relssl.interop.foreign import open_foreign
@@ -544,16 +545,19 @@ def test_a_recipe_that_fits_is_found(tmp_path) -> None:
 def test_recipes_of_the_released_files(tmp_path) -> None:
     """What is asked for and what is known, by what the file says of itself."""
 
-    def of(contents: Any) -> Any:  # the released files are 16 times as wide
-        return replace(foreign(tmp_path, contents), architecture=("resnet50", {}))
+    def of(contents: Any, **settings: Any) -> Any:  # the released files are 16 times as wide
+        opened = foreign(tmp_path, contents)
+        return replace(opened, architecture=("resnet50", {}), settings=settings)
 
-    found = choose_recipe(of(originals.ressl()))
+    found = choose_recipe(of(originals.ressl(), hidden_dim=4096, embed_dim=512, queue_size=131072))
     assert (found.name, found.certainty) == ("ressl/imagenet_resnet50", "assumed")
-    assert found.others == ("ressl/imagenet_resnet50_5crop",)
-    found = choose_recipe(of(originals.wcl()))
-    assert (found.name, found.certainty) == ("wcl/imagenet_resnet50_100ep", "the only one that fits")  # by its epochs
+    assert "ressl/imagenet_resnet50_5crop" in found.others
+    released, papers = {"hidden_dim": 4096, "embed_dim": 256}, {"hidden_dim": 2048, "embed_dim": 128}
+    for sizes, epochs, name in ((released, 100, "100ep"), (released, 200, "200ep"), (papers, 100, "100ep_paper")):
+        found = choose_recipe(replace(of(originals.wcl(), **sizes), epoch=epochs))
+        assert (found.name, found.certainty) == (f"wcl/imagenet_resnet50_{name}", "the only one that fits")
     with pytest.raises(ConfigError, match=r"resa/imagenet_resnet50_bs1024_100ep \| resa/imagenet_resnet50_bs256_100ep"):
-        choose_recipe(of(originals.resa()))
+        choose_recipe(of(originals.resa(), hidden_dim=2048, embed_dim=512, predictor=True))
 
 
 @pytest.mark.parametrize(
@@ -619,7 +623,7 @@ def test_the_file_is_evaluated_like_a_run(tmp_path) -> None:
     train, test = (tiny.write_data(tmp_path / f"{name}.beton", seed=i) for i, name in enumerate(("train", "test")))
     weights = open_weights(out)
     assert weights.origin == "pretrained"
-    entry = evaluate_knn(weights, train, test, k=5)
+    (entry,) = evaluate_knn(weights, train, test, k=5)
     assert entry["imported"]["sha256"] == found.imported["sha256"]
     assert (entry["epochs"], entry["train_seed"], entry["global_batch"]) == (10, None, 64)
     contents["backbone"]["layer1.conv.weight"] *= 2
@@ -627,6 +631,8 @@ def test_the_file_is_evaluated_like_a_run(tmp_path) -> None:
     import_backbone(other, tmp_path / "weights" / "b.safetensors", recipe="relational/cifar10_cpu", epoch=10)
     evaluate_knn(open_weights(tmp_path / "weights" / "b.safetensors"), train, test, k=5)
     assert len(read_results(tmp_path / "weights")) == 2  # another file's figure does not replace it
+    rows = compare([tmp_path / "weights"]).rows
+    assert [row.label for row in rows] == ["weights (theirs.tar)", "weights (others.tar)"]
     net = relssl.load_backbone(out)
     assert not net.training
     with torch.no_grad():
@@ -652,6 +658,6 @@ def test_what_an_assumed_recipe_says_of_the_training_is_left_out(tmp_path) -> No
     assert weights.imported is not None
     weights.imported["recipe_is"] = "assumed"
     train, test = (tiny.write_data(tmp_path / f"{name}.beton", seed=i) for i, name in enumerate(("train", "test")))
-    entry = evaluate_knn(weights, train, test, k=5)
+    (entry,) = evaluate_knn(weights, train, test, k=5)
     assert (entry["global_batch"], entry["views_per_step"], entry["train_seed"]) == (None, None, None)
     assert json.loads(json.dumps(entry)) == entry

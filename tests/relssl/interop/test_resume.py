@@ -214,7 +214,7 @@ def test_a_continued_run_says_where_it_comes_from(tmp_path) -> None:
     assert (told["file"], told["source"], told["continued"]) == ("theirs.pth", "relational", True)
     weights = open_weights(out)
     assert weights.imported == told
-    entry = evaluate_knn(weights, tmp_path / "train.beton", tmp_path / "test.beton", k=5)
+    (entry,) = evaluate_knn(weights, tmp_path / "train.beton", tmp_path / "test.beton", k=5)
     assert (entry["imported"]["file"], entry["train_seed"]) == ("theirs.pth", None)
 
 
