@@ -20,6 +20,7 @@ PACKAGES = [
     "relssl.configs",
     "relssl.evaluate",
     "relssl.evaluators",
+    "relssl.interop",
     "relssl.losses",
     "relssl.methods",
     "relssl.nets",
@@ -55,12 +56,15 @@ EXTRAS = {
     "track": ["tensorboard>=2.18"],
     "umap": ["umap-learn>=0.5.7"],
     "bench": ["kornia>=0.7.4"],  # a peer of `relssl bench views`
-    "export": ["timm>=1.0.12", "onnx>=1.18", "onnxruntime>=1.20"],
+    "export": ["timm>=1.0.12", "onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 EXTRAS["dev"] = [
     "hypothesis>=6.120",
     "mypy>=1.14",
+    "onnx>=1.18",
+    "onnxruntime>=1.20",
+    "onnxscript>=0.5",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "ruff>=0.9",

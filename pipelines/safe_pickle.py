@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import io
 import pickle
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,21 @@ import numpy as np
 from pipelines.errors import InputError
 
 
-def loads(data: bytes, *, where: str, encoding: str = "latin1") -> Any:
+def loads(
+    data: bytes, *, where: str, encoding: str = "latin1", more: Mapping[tuple[str, str], Any] | None = None
+) -> Any:
     """The object in the pickle `data`. `encoding` is for the strings of Python-2 pickles ("bytes" keeps them
     bytes).
 
-    Raises InputError, naming `where` (a file), when the pickle asks for anything outside the allow-list or is
-    damaged.
+    Args:
+        where: a file, named in errors.
+        more: what one kind of file asks for besides, (module, name) -> the caller's own harmless version of it.
+
+    Raises:
+        InputError: the pickle asks for anything outside the allow-list, or is damaged.
     """
     try:
-        return _Reader(io.BytesIO(data), encoding=encoding).load()
+        return _Reader(io.BytesIO(data), encoding, more or {}).load()
     except _Refused as refused:
         raise InputError(
             f"{where}: refused: this pickle asks for {refused}; only plain data and numpy arrays are read"
@@ -40,9 +47,13 @@ class _Refused(pickle.UnpicklingError):
 
 
 class _Reader(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, encoding: str, more: Mapping[tuple[str, str], Any]):
+        super().__init__(file, encoding=encoding)
+        self._allowed = {**more, **_ALLOWED}
+
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _ALLOWED[module, name]
+            return self._allowed[module, name]
         except KeyError:
             raise _Refused(f"{module}.{name}") from None
 

@@ -6,10 +6,28 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from relssl._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["__version__", "load_backbone"]
+
+
+def load_backbone(path: str | Path) -> nn.Module:
+    """The backbone of a run folder or of a backbone file, on the CPU, in evaluation mode.
+
+    It takes normalised images, (B, 3, S, S), and gives features, (B, D); D is its `feature_dim`. Mean and standard
+    deviation are those of the recipe: `relssl.weights.load_backbone` gives it too.
+
+    Raises:
+        InputError: there is none, or it does not fit its recipe.
+    """
+    from relssl.evaluate import open_weights  # torch and all the rest, only when it is called
+
+    return open_weights(Path(path)).backbone.eval()
 
 
 def _check_neighbours() -> None:

@@ -68,7 +68,7 @@ def save(folder: Path, saved: Saved, *, keep: int) -> Path:
         save_file(_plain(saved.optimizer), work / "optimizer.safetensors")
         state = {"format": FORMAT, "position": asdict(saved.position), "extra": saved.extra}
         (work / "state.json").write_text(json.dumps(state, indent=1))
-        hashes = {path.name: _sha256(path) for path in sorted(work.iterdir())}
+        hashes = {path.name: sha256(path) for path in sorted(work.iterdir())}
         (work / _COMPLETE).write_text(json.dumps({"format": FORMAT, "sha256": hashes}, indent=1))
         for path in work.iterdir():
             _fsync(path)
@@ -110,7 +110,7 @@ def load(path: Path) -> Saved:
         if complete["format"] != FORMAT:
             raise InputError(f"{path} has checkpoint format {complete['format']}; this version reads {FORMAT}")
         for name, expected in complete["sha256"].items():
-            if _sha256(path / name) != expected:
+            if sha256(path / name) != expected:
                 raise InputError(f"{path / name} has changed since it was written (SHA-256 differs)")
         state = json.loads((path / "state.json").read_text())
         model = load_file(path / "model.safetensors")
@@ -185,7 +185,8 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _chunked(file)
 

@@ -117,12 +117,19 @@ def compare(folders: Sequence[Path]) -> Comparison:
         raise InputError(f"nothing was evaluated yet in {names}; for example: relssl eval knn --weights {left_out[0]}")
     groups: dict[tuple[str, ...], list[tuple[_Run, list[dict[str, Any]]]]] = {}
     for run in runs:
-        for (weights, epochs), part in run.parts().items():
-            key = _place(groups, (weights, epochs, run.identity(weights)), run)
+        for (weights, epochs, imported), part in run.parts().items():
+            key = _place(groups, (weights, epochs, imported, run.identity(weights)), run)
             groups.setdefault(key, []).append((run, part))
     keys = sorted(groups, key=lambda key: key[0] == "random")
     rows = [_row(groups[key], key[0]) for key in keys]
-    _tell_apart(rows, [lambda row: f" (epoch {row.entry.get('epochs')})", lambda row: f" in {row.place}"])
+    _tell_apart(
+        rows,
+        [
+            lambda row: f" (epoch {row.entry.get('epochs')})",
+            lambda row: f" in {row.place}",
+            lambda row: f" ({(row.entry.get('imported') or {}).get('file')})",
+        ],
+    )
     entries: dict[Measurement, Mapping[str, Any]] = {Measurement.of(e): e for run in runs for e in run.results}
     columns = _columns(entries, rows)
     shared = [c for c in columns if sum((c.measurement, c.metric) in row.cells for row in rows) > 1]
@@ -182,11 +189,13 @@ class _Run:
         names = files if isinstance(files, list) else [files] if files else []
         return " + ".join(Path(str(name)).stem for name in names)
 
-    def parts(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
-        """Entries by weights and epochs."""
-        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    def parts(self) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+        """Entries by weights, epochs, and the file that they were imported from, if any."""
+        found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
         for entry in self.results:
-            found.setdefault((str(entry.get("weights")), str(entry.get("epochs"))), []).append(entry)
+            imported = entry.get("imported") or {}
+            source = f"{imported.get('sha256', '')} {imported.get('branch', '')}"
+            found.setdefault((str(entry.get("weights")), str(entry.get("epochs")), source), []).append(entry)
         return found
 
 

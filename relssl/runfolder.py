@@ -1,4 +1,7 @@
-"""The folder of a run: `config.yaml env.json metrics.jsonl log.txt checkpoints/ backbone.safetensors results.json`."""
+"""The folder of a run: `config.yaml env.json metrics.jsonl log.txt checkpoints/ backbone.safetensors results.json`.
+
+A run that continues somebody else's has `imported.json` besides.
+"""
 
 from __future__ import annotations
 
@@ -68,6 +71,24 @@ class RunFolder:
     @property
     def backbone(self) -> Path:
         return self.path / "backbone.safetensors"
+
+    @property
+    def imported(self) -> Path:
+        """Where the run's first checkpoint comes from, of a run that others began (`relssl import --full`)."""
+        return self.path / "imported.json"
+
+    def provenance(self) -> dict[str, Any] | None:
+        """What `imported.json` says; None for a run that was begun here.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        if not self.imported.is_file():
+            return None
+        try:
+            return dict(json.loads(self.imported.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{self.imported} is damaged: {error}; restore it, or delete it") from None
 
     @property
     def results(self) -> Path:
@@ -143,7 +164,8 @@ class RunFolder:
         """
 
         def key(e: Mapping[str, Any]) -> tuple[Any, ...]:
-            return tuple(e.get(k) for k in _IDENTITY)
+            imported = e.get("imported") or {}
+            return (*(e.get(k) for k in _IDENTITY), imported.get("sha256"), imported.get("branch"))
 
         added = json.loads(json.dumps(entry))  # lists, where tuples were
         with FileLock(self.path / ".results.lock"):

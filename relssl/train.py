@@ -290,7 +290,7 @@ class Trainer:
         )
 
     def _data_identity(self) -> dict[str, Any]:
-        return {"images": len(self.loader.files), "hash": self.loader.files.content_hash}
+        return data_identity(self.loader)
 
     def _restore(self) -> Position:
         found = checkpoint.list_checkpoints(self.folder.checkpoints)
@@ -579,6 +579,11 @@ def data_info(recipe: Recipe, loader: ViewLoader) -> DataInfo:
         total_updates=loader.updates_per_epoch * recipe.train.epochs,
         updates_per_epoch=loader.updates_per_epoch,
     )
+
+
+def data_identity(loader: ViewLoader) -> dict[str, Any]:
+    """What a checkpoint remembers of its data: a run is only resumed on the same images."""
+    return {"images": len(loader.files), "hash": loader.files.content_hash}
 
 
 class StopSignals:

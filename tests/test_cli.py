@@ -16,6 +16,7 @@ from PIL import Image
 from relssl.cli import run
 from relssl.runfolder import read_results
 from tests.relssl import tiny
+from tests.relssl.interop import originals
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,11 +50,11 @@ def test_help_lists_every_verb(capsys):
     code, text = relssl(capsys, "--help")
     assert code == 0
     verbs = ("convert", "verify", "saliency", "views", "configs", "validate", "train", "eval", "report", "demo")
-    for verb in (*verbs, "doctor"):
+    for verb in (*verbs, "doctor", "import", "export"):
         assert verb in text
 
 
-@pytest.mark.parametrize("verb", [["import"], ["export"], ["bench", "budget"]])
+@pytest.mark.parametrize("verb", [["bench", "step"], ["bench", "budget"]])
 def test_verbs_of_later_versions_are_refused_by_name(capsys, verb):
     code, text = relssl(capsys, *verb)
     assert code == 2
@@ -295,6 +296,53 @@ def test_views_draws_a_sheet(capsys, tmp_path):
     with Image.open(out) as picture:
         assert picture.width > 4 * 64  # original, teacher, two students
         assert picture.height > 6 * 64
+
+
+def test_weights_come_in_and_go_out(capsys, tmp_path):
+    """A checkpoint of somebody else, evaluated, exported, and gone on with."""
+    theirs = originals.write(tmp_path / "theirs.tar", originals.relational("conv4"))
+    backbone = tmp_path / "backbone.safetensors"
+    code, text = relssl(capsys, "import", theirs, backbone)
+    assert code == 2
+    assert "--recipe relational/cifar10_conv4_essential | relational/cifar10_cpu" in text
+    recipe = ["--recipe", "relational/cifar10_cpu"]
+    code, text = relssl(capsys, "import", theirs, tmp_path / "run", *recipe)
+    assert code == 2
+    assert "add --full" in text
+    code, text = relssl(capsys, "import", theirs, backbone, *recipe, "--epoch", "200")
+    assert code == 0, text
+    assert "training checkpoint of relational reasoning, conv4, 200 epochs, as given; 33 entries, all fit" in text
+    assert f"next: relssl eval knn --weights {backbone}" in text
+    assert relssl(capsys, "import", theirs, backbone, *recipe)[0] == 2  # it exists
+    data = [tiny.write_data(tmp_path / f"{name}.beton", seed=i) for i, name in enumerate(("train", "test"))]
+    code, text = relssl(capsys, "eval", "knn", "--weights", backbone, "--train", data[0], "--test", data[1], "--k", "5")
+    assert code == 0, text
+    assert "knn, pretrained conv4" in text
+    code, text = relssl(capsys, "export", backbone, tmp_path / "out.safetensors", "--format", "safetensors")
+    assert code == 0, text
+    assert 'model.load_state_dict(load_file("out.safetensors"))' in text
+    assert "| kNN | pretrained |" in (tmp_path / "out.safetensors.md").read_text()
+    code, text = relssl(capsys, "export", backbone, tmp_path / "out.pth", "--format", "torchvision")
+    assert code == 2
+    assert "torchvision has no conv4" in text
+    own = ["data.test=null", f"data.train={data[0]}", "train.batch_size=16", "eval.online=null", "train.epochs=3"]
+    code, text = relssl(capsys, "import", theirs, tmp_path / "run", "--full", *recipe, *own)
+    assert code == 0, text
+    assert "at epoch 2 of 3 (update 7), with its optimizer" in text
+    config = tmp_path / "run" / "config.yaml"
+    code, text = relssl(capsys, "train", config, "--out", tmp_path / "run", "--resume", "auto")
+    assert code == 0, text
+    assert "resuming at epoch 2, update 1 of 3" in text
+    assert relssl(capsys, "import", theirs, tmp_path / "run", "--full", *recipe, *own)[0] == 2
+
+
+def test_a_page_in_place_of_a_checkpoint(capsys, tmp_path):
+    page = tmp_path / "ressl-200.pth"
+    page.write_text("<!DOCTYPE html><html>Google Drive can't scan this file for viruses</html>")
+    code, text = relssl(capsys, "import", page, tmp_path / "backbone.safetensors")
+    assert code == 3
+    assert "it is a web page" in text
+    assert not (tmp_path / "backbone.safetensors").exists()
 
 
 def test_masks_from_data_to_views(capsys, tmp_path):

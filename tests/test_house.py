@@ -55,7 +55,7 @@ ALLOWED = {
     ],
     "relssl.evaluators": ["relssl.evaluators", "relssl.ops", "relssl.dist", "pipelines.errors"],
 }  # fmt: skip
-OPTIONAL = {"ffcv", "cv2", "nvidia", "tensorboard", "umap", "timm", "onnx", "onnxruntime"}
+OPTIONAL = {"ffcv", "cv2", "nvidia", "tensorboard", "umap", "timm", "onnx", "onnxruntime", "onnxscript"}
 # Loaded by name, and only when asked for: these may import their package at the top.
 OPTIONAL_ROOMS = ("pipelines/engines/ffcv", "pipelines/engines/dali", "relssl/interop/")
 

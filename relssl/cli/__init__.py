@@ -18,6 +18,7 @@ from relssl.cli import analysis, base
 from relssl.cli.base import Force, Out, Overrides, command_line, load, progress_bar, set_up_log, whole_numbers
 from relssl.cli.bench import bench_app
 from relssl.cli.evaluation import eval_app
+from relssl.cli.interop import export_weights, import_weights
 from relssl.cli.runs import compare, ls
 
 app = typer.Typer(
@@ -35,8 +36,7 @@ app.add_typer(bench_app, name="bench")
 app.command()(compare)
 app.command()(ls)
 
-# Verbs and evaluators of later versions: refused by name, so that nobody looks for a spelling mistake.
-PLANNED = ("import", "export")
+# Parts of later versions: refused by name, so that nobody looks for a spelling mistake.
 PLANNED_PARTS = {
     "bench": (("step", "budget"), "losses, parity, views"),
 }
@@ -309,6 +309,10 @@ def demo(
     return run_demo(out)
 
 
+app.command("import")(import_weights)
+app.command("export")(export_weights)
+
+
 def _after_training(recipe: Any, folder: Path) -> None:
     """The report, and what to type next."""
     from relssl.report import write_report
@@ -321,8 +325,6 @@ def _after_training(recipe: Any, folder: Path) -> None:
 
 
 def _refuse_planned(arguments: list[str]) -> None:
-    if arguments and arguments[0] in PLANNED:
-        raise ConfigError(f"`relssl {arguments[0]}` is not in this version yet; `relssl --help` lists what is")
     planned, there = PLANNED_PARTS.get(arguments[0], ((), "")) if arguments else ((), "")
     if len(arguments) > 1 and arguments[1] in planned:
         raise ConfigError(f"`relssl {arguments[0]} {arguments[1]}` is not in this version yet; there are: {there}")

@@ -100,7 +100,7 @@ def _save(task: Task, result: FinetuneResult, settings: FinetuneProtocol, name: 
     """The backbone, and beside it its head."""
     weights = task.weights
     place = task.place_for("finetuned", name, seed)
-    save_backbone(place, result.backbone, weights.recipe, weights.epochs, origin="finetuned")
+    save_backbone(place, result.backbone, weights.recipe, weights.epochs, origin="finetuned", imported=weights.imported)
     save_head(
         place.with_name(place.name.replace("finetuned", "finetuned-head", 1)),
         result,

@@ -276,7 +276,7 @@ class Task:
     ) -> dict[str, Any]:
         """Add an entry to results.json and return it; `extra` goes into it as it is."""
         recipe = self.weights.recipe
-        entry = {
+        entry: dict[str, Any] = {
             "evaluator": evaluator,
             "weights": self.weights.origin,
             "top1": summarise(top1),
@@ -302,7 +302,20 @@ class Task:
             "date": now(),
             **(extra or {}),
         }
+        entry.update(_of_imported(self.weights))
         return RunFolder(self.weights.folder).add_result(entry)
+
+
+def _of_imported(weights: Weights) -> dict[str, Any]:
+    """Where imported weights come from; what only their authors know is not taken from the recipe."""
+    origin = weights.imported
+    if origin is None:
+        return {}
+    known = {key: origin.get(key) for key in ("file", "sha256", "source", "branch", "recipe", "recipe_is")}
+    unknown = (
+        ["train_seed"] if origin.get("recipe_is") != "assumed" else ["train_seed", "global_batch", "views_per_step"]
+    )
+    return {"imported": known, **dict.fromkeys(unknown)}
 
 
 def _short(place: str | Path | list[str]) -> str:

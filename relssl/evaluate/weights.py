@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,14 +27,17 @@ class Weights:
     """A backbone under evaluation. `origin` is `pretrained`, `random` or `finetuned`; results go into `folder`.
 
     `update` is that of the checkpoint that it was read from, None for a backbone that is nobody's work in progress.
+    Of imported weights, or of a run that continues imported ones, `imported` says where they come from; `epochs` may
+    then be unknown.
     """
 
     backbone: nn.Module
     recipe: Recipe
     origin: str
-    epochs: int
+    epochs: int | None
     folder: Path
     update: int | None = None
+    imported: dict[str, Any] | None = None
 
 
 def open_weights(path: Path, *, random_init: bool = False) -> Weights:
@@ -53,20 +57,22 @@ def open_weights(path: Path, *, random_init: bool = False) -> Weights:
         if random_init:
             return Weights(initial_backbone(recipe), recipe, "random", 0, path)
         if folder.backbone.is_file():
-            found = load_backbone(folder.backbone)
-            return Weights(found.backbone, found.recipe, _origin(found.epochs), found.epochs, path)
+            return _from_file(folder.backbone)
         return _newest(folder)
     if not path.exists():
         raise InputError(f"there are no weights at {path}; expected a run folder or a backbone.safetensors")
-    found = load_backbone(path)
+    found = _from_file(path)
     if random_init:
         return Weights(initial_backbone(found.recipe), found.recipe, "random", 0, path.parent)
-    origin = found.origin or _origin(found.epochs)
-    return Weights(found.backbone, found.recipe, origin, found.epochs, path.parent)
+    return found
 
 
-def _origin(epochs: int) -> str:
-    return "pretrained" if epochs else "random"  # a method that trains nothing
+def _from_file(path: Path) -> Weights:
+    found = load_backbone(path)
+    origin = found.origin or ("random" if found.epochs == 0 else "pretrained")  # 0: a method that trains nothing
+    folder = RunFolder(path.parent)
+    imported = found.imported or (folder.provenance() if path == folder.backbone else None)
+    return Weights(found.backbone, found.recipe, origin, found.epochs, path.parent, imported=imported)
 
 
 def initial_backbone(recipe: Recipe) -> nn.Module:
@@ -108,4 +114,7 @@ def from_checkpoint(folder: RunFolder, path: Path) -> Weights:
     tensors = {k.removeprefix(prefix): v for k, v in saved.model.items() if k.startswith(prefix)}
     backbone = build_backbone(recipe.backbone.name, **recipe.backbone.options)
     checkpoint.load_model(backbone, tensors, str(path))
-    return Weights(backbone, recipe, "pretrained", saved.position.epoch, folder.path, saved.position.total)
+    position = saved.position
+    return Weights(
+        backbone, recipe, "pretrained", position.epoch, folder.path, position.total, imported=folder.provenance()
+    )
