@@ -305,11 +305,17 @@ def _columns(entries: Mapping[Measurement, Mapping[str, Any]], rows: Sequence[Ro
     _tell_apart(
         columns,
         [
-            lambda column: f" ({protocol_name(column.entry)})",
+            _protocol_words,
             lambda column: f" [{column.entry.get('train')}, {column.entry.get('test')}]",
         ],
     )
     return columns
+
+
+def _protocol_words(column: Column) -> str:
+    """The protocol's name in brackets; of a name that begins like the label only what is more."""
+    name = protocol_name(column.entry)
+    return name.removeprefix(column.label) if name.startswith(column.label) else f" ({name})"
 
 
 def title(evaluator: str, metric: str) -> str:

@@ -238,7 +238,7 @@ def _measures(results: Iterable[Mapping[str, Any]]) -> list[_Measure]:
     for group, entries in groups.items():
         name = DISPLAY.get(group[0], group[0])
         told = ", ".join(_distinguishing(group, list(groups)))
-        label = name if kinds.count(group[0]) == 1 else f"{name} ({told})"
+        label = name if kinds.count(group[0]) == 1 else told if told.startswith(name) else f"{name} ({told})"
         measures.append(_Measure(group[0], label, entries))
     order = list(DISPLAY)
     return sorted(measures, key=lambda m: order.index(m.evaluator) if m.evaluator in order else len(order))

@@ -22,6 +22,7 @@ from relssl.evaluators.heads import labelled_rows, logistic_regression, score_he
 
 STRENGTH = 0.1  # of the penalty, times D / n
 USUAL = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+MOST_IMAGES = 100_000  # of the usual amounts: beyond that there are no few labels, and each draw takes minutes
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,12 @@ class Amount:
 
 
 def usual_amounts(labels: Tensor) -> list[Amount]:
-    """1, 2, 5, 10, ... labels a class, as far as the smallest class goes, and all labels."""
+    """1, 2, 5, 10, ... labels a class, as far as the smallest class goes, and all; none of more than MOST_IMAGES."""
     counts = torch.bincount(labels)
-    fewest = int(counts[counts > 0].min())
-    return [*(Amount(per_class=k) for k in USUAL if k < fewest), Amount(percent=100.0)]
+    counts = counts[counts > 0]
+    fewest, classes = int(counts.min()), len(counts)
+    steps = [Amount(per_class=k) for k in USUAL if k < fewest and k * classes <= MOST_IMAGES]
+    return steps + [Amount(percent=100.0)] * (len(labels) <= MOST_IMAGES or not steps)
 
 
 @torch.inference_mode(False)

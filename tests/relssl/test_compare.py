@@ -124,6 +124,13 @@ def test_other_protocols_and_data_never_share_a_column(tmp_path, change, label):
     assert notes(found)[-1] == "more than one protocol or data set, and so more than one column: linear"
 
 
+def test_a_changed_protocol_is_not_named_twice(tmp_path):
+    usual, changed = ({"protocol": {"name": name}} for name in ("fast probe", "fast probe (changed)"))
+    a = make_run(tmp_path / "a", result("probe", 40.0, **usual))
+    b = make_run(tmp_path / "b", result("probe", 50.0, **usual), result("probe", 51.0, **changed), train__epochs=1)
+    assert table(compare([a, b]))[0][-2:] == ["fast probe", "fast probe (changed)"]
+
+
 def test_the_same_data_by_another_name_share_a_column(tmp_path):
     a = make_run(tmp_path / "a", result("knn", 40.0))
     b = make_run(tmp_path / "b", result("knn", 50.0, train="renamed.beton"), train__epochs=1)

@@ -56,6 +56,8 @@ def test_usual_amounts_go_as_far_as_the_smallest_class():
     labels = torch.tensor([0] * 60 + [1] * 12 + [3] * 100)
     assert [a.text for a in usual_amounts(labels)] == ["1 a class", "2 a class", "5 a class", "10 a class", "100 %"]
     assert [a.text for a in usual_amounts(torch.tensor([0, 1]))] == ["100 %"]
+    many = torch.arange(1000).repeat_interleave(120)
+    assert [a.text for a in usual_amounts(many)][-2:] == ["50 a class", "100 a class"]  # 120,000 are not few
 
 
 @pytest.mark.parametrize(
