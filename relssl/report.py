@@ -329,7 +329,9 @@ def _probe_text(entry: Mapping[str, Any], protocol: Mapping[str, Any]) -> list[s
     first = picked[0] if isinstance(picked, list) and picked and isinstance(picked[0], Mapping) else {}
     if "lr" in first and "weight_decay" in first:
         layer = f", layer {first.get('layer')}" if len(axes[2]) > 1 else ""
-        told[-1] += f" (lr {first['lr']:g}, weight decay {first['weight_decay']:g}{layer})"
+        seeds = entry.get("seeds") or []
+        which = f"seed {seeds[0]}: " if len(seeds) > 1 else ""
+        told[-1] += f" ({which}lr {first['lr']:g}, weight decay {first['weight_decay']:g}{layer})"
     told.append("then trained on all and tested once" if protocol.get("refit") else "then tested once")
     check = entry.get("check")
     if isinstance(check, Mapping) and isinstance(check.get("top1"), Mapping):

@@ -70,7 +70,7 @@ def test_the_probe_as_a_command(capsys, run):
     assert {"layer", "lr", "weight_decay", "top1"} == entry["picked"][0]["grid"][0].keys()
     page = write_report(run).read_text()
     assert "fast probe top-1" in page
-    assert "picked on 20 % of the training images, held out" in page
+    assert "picked on 20 % of the training images, held out (seed 0: lr 0." in page
 
 
 def test_the_probe_of_several_layers(capsys, run):
