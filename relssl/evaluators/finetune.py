@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines.errors import ConfigError, InputError, RunError, unknown_name
+from pipelines.errors import InputError, RunError
 from relssl.evaluators.features import check_labels, full_precision
 from relssl.evaluators.linear import Crop, InitStd, Progress, initial_head, keyed_seed
+from relssl.evaluators.protocols import named_protocol
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -143,22 +144,7 @@ def finetune_protocol(name: str, **overrides: Any) -> FinetuneProtocol:
     Raises:
         ConfigError: unknown name or setting (the nearest known one is named), or a value that cannot be.
     """
-    if name not in FINETUNE_PROTOCOLS:
-        raise ConfigError(unknown_name("fine-tuning protocol", name, FINETUNE_PROTOCOLS))
-    known = [field for field in FinetuneProtocol.model_fields if field != "name"]
-    for key in overrides:
-        if key not in known:
-            raise ConfigError(unknown_name("setting of a fine-tuning protocol", key, known))
-    original = FinetuneProtocol(name=name, **FINETUNE_PROTOCOLS[name])
-    try:
-        changed = FinetuneProtocol(**{**original.model_dump(), **overrides})
-    except ValidationError as error:
-        reasons = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" if e["loc"] else e["msg"]
-            for e in error.errors()
-        )
-        raise ConfigError(f"fine-tuning protocol {name}: {reasons}") from None
-    return original if changed == original else changed.model_copy(update={"name": f"{name} (changed)"})
+    return named_protocol("fine-tuning", FinetuneProtocol, FINETUNE_PROTOCOLS, name, overrides)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from relssl.evaluators.features import (
     normalise,
     top_neighbours,
 )
+from relssl.evaluators.protocols import reasons
 
 # exp(1 / 0.0125) = 6e34 still fits float32, and exp(-1 / 0.0125) is still above zero
 SMALLEST_TEMPERATURE = 0.0125
@@ -74,8 +75,7 @@ def knn_protocol(name: str | None, **overrides: Any) -> KnnProtocol:
     try:
         changed = KnnProtocol(**{**original.model_dump(), **overrides})
     except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
-        raise ConfigError(f"kNN: {reasons}") from None
+        raise ConfigError(f"kNN: {reasons(error)}") from None
     keeps_its_name = name is None or changed == original
     return changed if keeps_its_name else changed.model_copy(update={"name": f"{name} (changed)"})
 

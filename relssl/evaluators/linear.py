@@ -34,13 +34,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.errors import ConfigError, InputError, RunError, unknown_name
+from pipelines.errors import ConfigError, InputError, RunError
 from relssl.evaluators.features import (
     check_features,
     check_labels,
@@ -204,22 +204,7 @@ def linear_protocol(name: str, **overrides: Any) -> LinearProtocol:
     Raises:
         ConfigError: unknown name or setting (the nearest known one is named), or a value that cannot be.
     """
-    if name not in PROTOCOLS:
-        raise ConfigError(unknown_name("linear protocol", name, PROTOCOLS))
-    unknown = [key for key in overrides if key not in LinearProtocol.model_fields or key == "name"]
-    if unknown:
-        known = [field for field in LinearProtocol.model_fields if field != "name"]
-        raise ConfigError(unknown_name("setting of a linear protocol", unknown[0], known))
-    original = LinearProtocol(name=name, **PROTOCOLS[name])
-    try:
-        changed = LinearProtocol(**{**original.model_dump(), **overrides})
-    except ValidationError as error:
-        reasons = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'protocol'}: {e['msg']}, got {e['input']!r}" if e["loc"] else e["msg"]
-            for e in error.errors()
-        )
-        raise ConfigError(f"linear protocol {name}: {reasons}") from None
-    return original if changed == original else changed.model_copy(update={"name": f"{name} (changed)"})
+    return named_protocol("linear", LinearProtocol, PROTOCOLS, name, overrides)
 
 
 class CachedBatches:

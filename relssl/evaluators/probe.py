@@ -32,6 +32,7 @@ from relssl.evaluators.heads import (
     score_heads,
     train_heads,
 )
+from relssl.evaluators.protocols import reasons
 
 FEATURES = "features"  # the layer that is the backbone's output
 
@@ -74,8 +75,7 @@ def probe_protocol(**overrides: Any) -> ProbeProtocol:
     try:
         changed = ProbeProtocol(**overrides)
     except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
-        raise ConfigError(f"fast probe: {reasons}") from None
+        raise ConfigError(f"fast probe: {reasons(error)}") from None
     for axis in ("lr", "weight_decay", "penalty"):
         for value in getattr(changed, axis):
             if not (math.isfinite(value) and (value > 0 or (value == 0 and axis == "weight_decay"))):
