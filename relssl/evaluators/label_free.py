@@ -17,10 +17,10 @@ from relssl.evaluators.features import (
     QUERY_BLOCK,
     check_features,
     check_same_width,
-    full_precision,
     normalise,
     top_neighbours,
 )
+from relssl.ops.precision import full_precision
 
 ROWS_PER_PRODUCT = 8_192  # features enter the Gram matrix in float64, so only a block of them is ever copied
 

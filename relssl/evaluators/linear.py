@@ -45,9 +45,10 @@ from relssl.evaluators.features import (
     check_features,
     check_labels,
     check_same_width,
-    full_precision,
     standardisation,
 )
+from relssl.evaluators.protocols import named_protocol
+from relssl.ops.precision import full_precision
 
 HEAD_FORMAT = 1
 TEST_BLOCK = 8_192
