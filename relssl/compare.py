@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any, Protocol, TypeVar
 
 from pipelines.errors import InputError
-from relssl.report import DISPLAY, protocol_name
+from relssl.report import DISPLAY, protocol_name, view_text
 from relssl.runfolder import RESUMABLE, RunFolder, flat_settings, read_results, read_yaml
 
 # What the table shows of an evaluator; of others the first accuracy of an entry, top-1 where there is one.
@@ -51,13 +51,15 @@ class Measurement:
     evaluator: str
     protocol: str  # JSON
     data: str  # JSON: content hashes, or names and counts where there are none
+    view: str  # JSON: how the un-augmented images were made
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Measurement:
         hashes = entry.get("data")
         known = isinstance(hashes, list) and all(hashes)
         data = hashes if known else [entry.get(k) for k in ("train", "test", "num_train", "num_test")]
-        return cls(str(entry.get("evaluator")), json.dumps(entry.get("protocol"), sort_keys=True), json.dumps(data))
+        protocol, view = (json.dumps(entry.get(key), sort_keys=True) for key in ("protocol", "view"))
+        return cls(str(entry.get("evaluator")), protocol, json.dumps(data), view)
 
 
 @dataclass
@@ -128,6 +130,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
             lambda row: f" (epoch {row.entry.get('epochs')})",
             lambda row: f" in {row.place}",
             lambda row: f" ({(row.entry.get('imported') or {}).get('file')})",
+            lambda row: f" ({row.entry.get('weights_file') or row.entry.get('weights')})",
         ],
     )
     entries: dict[Measurement, Mapping[str, Any]] = {Measurement.of(e): e for run in runs for e in run.results}
@@ -190,11 +193,11 @@ class _Run:
         return " + ".join(Path(str(name)).stem for name in names)
 
     def parts(self) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-        """Entries by weights, epochs, and the file that they were imported from, if any."""
+        """Entries by weights, epochs, and the file that they were read or imported from, if not the run's own."""
         found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
         for entry in self.results:
             imported = entry.get("imported") or {}
-            source = f"{imported.get('sha256', '')} {imported.get('branch', '')}"
+            source = f"{entry.get('weights_file') or ''} {imported.get('sha256', '')} {imported.get('branch', '')}"
             found.setdefault((str(entry.get("weights")), str(entry.get("epochs")), source), []).append(entry)
         return found
 
@@ -306,6 +309,7 @@ def _columns(entries: Mapping[Measurement, Mapping[str, Any]], rows: Sequence[Ro
         columns,
         [
             _protocol_words,
+            lambda column: f" ({view_text(column.entry)})",
             lambda column: f" [{column.entry.get('train')}, {column.entry.get('test')}]",
         ],
     )

@@ -231,7 +231,14 @@ def _measures(results: Iterable[Mapping[str, Any]]) -> list[_Measure]:
         weights, protocol = str(entry.get("weights")), protocol_name(entry)
         if weights == "finetuned":
             weights, protocol = "pretrained", f"{protocol}, fine-tuned weights"
-        key = (str(entry.get("evaluator")), protocol, _data_of(entry, "train"), _data_of(entry, "test"))
+        key = (
+            str(entry.get("evaluator")),
+            protocol,
+            _data_of(entry, "train"),
+            _data_of(entry, "test"),
+            view_text(entry),
+            str(entry.get("weights_file") or ""),
+        )
         groups.setdefault(key, {})[weights] = entry
     kinds = [key[0] for key in groups]
     measures = []
@@ -256,6 +263,15 @@ def _data_of(entry: Mapping[str, Any], which: str) -> str:
     return f"{name}, {subset}" if subset else name
 
 
+def view_text(entry: Mapping[str, Any]) -> str:
+    """How the un-augmented images were made, in a few words; empty where an entry does not say."""
+    view = entry.get("view")
+    if not isinstance(view, Mapping):
+        return ""
+    filtered = "" if view.get("interpolation") in (None, "bilinear") else f" {view['interpolation']}"
+    return f"{view.get('size')} px{filtered}"
+
+
 def protocol_name(entry: Mapping[str, Any]) -> str:
     protocol = entry.get("protocol")
     if not isinstance(protocol, Mapping):
@@ -264,9 +280,9 @@ def protocol_name(entry: Mapping[str, Any]) -> str:
 
 
 def _distinguishing(key: tuple[str, ...], keys: list[tuple[str, ...]]) -> list[str]:
-    """The parts of a key that tell it from others of its evaluator: protocol, then data files."""
+    """The parts of a key that tell it from others of its evaluator: protocol, then data files, images, weights."""
     rivals = [other for other in keys if other[0] == key[0]]
-    return [key[i] for i in (1, 2, 3) if key[i] and len({rival[i] for rival in rivals}) > 1]
+    return [key[i] for i in range(1, len(key)) if key[i] and len({rival[i] for rival in rivals}) > 1]
 
 
 def accuracy_text(accuracy: Mapping[str, Any] | None) -> str:

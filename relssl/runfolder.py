@@ -33,7 +33,7 @@ RESUMABLE = (
 RESULTS_FORMAT = 1
 # What tells one entry of results.json from another.
 _IDENTITY = (
-    *("evaluator", "weights", "epochs", "update", "protocol", "seeds"),
+    *("evaluator", "weights", "weights_file", "epochs", "update", "protocol", "seeds"),
     *("train", "test", "subset", "view", "data"),
 )
 

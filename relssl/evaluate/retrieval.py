@@ -19,6 +19,7 @@ from relssl.evaluators.retrieval import RetrievalScores, check_relevant, retriev
 log = logging.getLogger("relssl.evaluate")
 
 DEFAULT_K = (1, 5, 10)
+_PICTURES = (".png", ".jpg", ".jpeg")
 _NEIGHBOURS = 8
 
 
@@ -46,6 +47,11 @@ def evaluate_retrieval(
     """
     if within and (train is not None or not portion.is_all):
         raise ConfigError("--within looks test images up among themselves; leave --train, --percent and --subset out")
+    place = sheet or weights.folder / _sheet_name(weights, within)
+    if num_queries and (place.suffix.lower() not in _PICTURES or not place.parent.is_dir()):
+        raise ConfigError(
+            f"--sheet writes {', '.join(_PICTURES)} into a folder that exists; got {place}: choose another file"
+        )
     with Task(weights, train, test, device, portion=portion, trains=not within) as task:
         where = "test" if within else "train"
         _check(task, where, k)
@@ -56,7 +62,6 @@ def evaluate_retrieval(
         found = retrieval_scores(query_x, query_y, **gallery, k=k, class_names=task.sets["test"].classes)
         extra: dict[str, Any] = {"scores": as_scores(found)}
         if num_queries:
-            place = sheet or weights.folder / _sheet_name(weights, within)
             _draw(task, query_x, gallery_x, within, found, place, num_queries)
             extra["picture"] = str(place)
         protocol = {"name": f"among the {'test' if within else 'training'} images", "k": list(k)}
@@ -100,7 +105,7 @@ def _draw(
     )
     names = task.sets["test"].classes
     told = (lambda label: str(names[label])) if names else str
-    neighbour_sheet(
+    picture = neighbour_sheet(
         [
             (queries.decode(q), [gallery.decode(i) for i in row])
             for q, row in zip(chosen.tolist(), index.tolist(), strict=True)
@@ -110,4 +115,7 @@ def _draw(
         similarities=similarity.tolist(),
         title=f"Retrieval: mAP {found['map']:.1f} %, "
         + ", ".join(f"R@{k} {v:.1f} %" for k, v in found["recall"].items()),
-    ).save(out)
+    )
+    work = out.with_name(f".writing.{out.name}")
+    picture.save(work)
+    work.replace(out)

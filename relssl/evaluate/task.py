@@ -214,6 +214,7 @@ class Task:
         parts = [
             kind,
             "" if weights.origin == "pretrained" else weights.origin,
+            "" if weights.file is None else Path(weights.file).stem,
             "" if weights.update is None else f"update{weights.update:08d}",
             "" if protocol is None else protocol.replace(" (changed)", "-changed"),
             "" if self.names["train"] == own_train else Path(self.names["train"]).stem,
@@ -279,6 +280,7 @@ class Task:
         entry: dict[str, Any] = {
             "evaluator": evaluator,
             "weights": self.weights.origin,
+            "weights_file": self.weights.file,
             "top1": summarise(top1),
             "top5": summarise(top5),
             "seeds": seeds,

@@ -28,7 +28,8 @@ class Weights:
 
     `update` is that of the checkpoint that it was read from, None for a backbone that is nobody's work in progress.
     Of imported weights, or of a run that continues imported ones, `imported` says where they come from; `epochs` may
-    then be unknown.
+    then be unknown. `file` is the name of a weights file that is not its run's own `backbone.safetensors`: fine-tuned
+    or imported ones, of which a folder may hold several.
     """
 
     backbone: nn.Module
@@ -38,6 +39,7 @@ class Weights:
     folder: Path
     update: int | None = None
     imported: dict[str, Any] | None = None
+    file: str | None = None
 
 
 def open_weights(path: Path, *, random_init: bool = False) -> Weights:
@@ -71,8 +73,10 @@ def _from_file(path: Path) -> Weights:
     found = load_backbone(path)
     origin = found.origin or ("random" if found.epochs == 0 else "pretrained")  # 0: a method that trains nothing
     folder = RunFolder(path.parent)
-    imported = found.imported or (folder.provenance() if path == folder.backbone else None)
-    return Weights(found.backbone, found.recipe, origin, found.epochs, path.parent, imported=imported)
+    is_own = path == folder.backbone
+    imported = found.imported or (folder.provenance() if is_own else None)
+    file = None if is_own else path.name
+    return Weights(found.backbone, found.recipe, origin, found.epochs, path.parent, imported=imported, file=file)
 
 
 def initial_backbone(recipe: Recipe) -> nn.Module:

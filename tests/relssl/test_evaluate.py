@@ -22,6 +22,7 @@ from pipelines import beton
 from pipelines.errors import ConfigError, InputError
 from relssl import checkpoint
 from relssl.cli import run as command
+from relssl.compare import compare
 from relssl.config import load_recipe
 from relssl.evaluate import (
     Portion,
@@ -335,6 +336,37 @@ def test_other_classes_in_training_and_test_are_refused(run, tmp_path, names):
             evaluate(open_weights(run), two, three)
 
 
+# -- which weights, which images
+
+
+def test_two_files_of_weights_in_one_folder_keep_their_figures_and_heads(run):
+    """As after fine-tuning with two amounts of labels, or two imports."""
+    for name in ("first", "second"):
+        shutil.copy(run / "backbone.safetensors", run / f"{name}.safetensors")
+        weights = open_weights(run / f"{name}.safetensors")
+        evaluate_knn(weights, k=[3])
+        evaluate_linear(weights, protocol="cached", options=QUICK, seeds=[0])
+    found = [(entry["evaluator"], entry["weights_file"]) for entry in read_results(run)]
+    assert found == [(e, f"{name}.safetensors") for name in ("first", "second") for e in ("knn", "linear")]
+    assert len(list(run.glob("head-*first-*.safetensors"))) == len(list(run.glob("head-*second-*.safetensors"))) == 1
+    page = write_report(run).read_text()
+    assert "kNN (first.safetensors)" in page
+    assert "kNN (second.safetensors)" in page
+
+
+def test_two_sizes_of_images_are_two_figures(run):
+    weights = open_weights(run)
+    evaluate_knn(weights, k=[3])
+    larger = weights.recipe.model_copy(deep=True)
+    larger.eval.view["size"] = 16
+    evaluate_knn(evaluated_as(weights, larger), k=[3])
+    page = write_report(run).read_text()
+    assert "kNN (12 px)" in page
+    assert "kNN (16 px)" in page
+    columns = compare([run, shutil.copytree(run, run.with_name("other"))]).columns
+    assert [column.label for column in columns] == ["kNN (12 px)", "kNN (16 px)"]
+
+
 # -- retrieval
 
 
@@ -348,6 +380,10 @@ def test_retrieval_is_an_entry_and_a_picture(run, trained):
         assert sheet.height > sheet.width / 3
     evaluate_retrieval(open_weights(run, random_init=True), k=(1, 3))
     assert "retrieval R@3" in write_report(run).read_text()
+    assert not list(run.glob("*writing*"))
+    for sheet in (run / "sheet.txt", run / "nowhere" / "sheet.png"):
+        with pytest.raises(ConfigError, match=r"--sheet writes \.png, \.jpg, \.jpeg into a folder"):
+            evaluate_retrieval(open_weights(run), k=(1, 3), sheet=sheet)
     evaluate_retrieval(open_weights(run), k=(1, 3), within=True)
     page = write_report(run).read_text()
     assert "retrieval (among the training images, train.beton) mAP" in page
