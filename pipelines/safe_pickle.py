@@ -11,12 +11,14 @@ from __future__ import annotations
 import codecs
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from pipelines.errors import InputError
+
+_IS_PYTHON_CLASS = 1 << 9  # Py_TPFLAGS_HEAPTYPE; the others take no new attributes
 
 
 def loads(
@@ -38,6 +40,8 @@ def loads(
         raise InputError(
             f"{where}: refused: this pickle asks for {refused}; only plain data and numpy arrays are read"
         ) from None
+    except MemoryError:
+        raise InputError(f"{where}: a damaged pickle: it asks for more memory than there is") from None
     except Exception as error:
         raise InputError(f"{where}: a damaged pickle: {type(error).__name__}: {error}") from error
 
@@ -53,12 +57,33 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return self._allowed[module, name]
+            found = self._allowed[module, name]
         except KeyError:
             raise _Refused(f"{module}.{name}") from None
+        return fresh(found) if isinstance(found, type) else _Function(found)
 
     def persistent_load(self, pid: Any) -> Any:
         raise _Refused(f"an external object ({pid!r})")
+
+
+class _Function:
+    """What a pickle may call, and not change: it can set attributes of whatever it holds."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]):
+        self._call = call
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise _Refused("a change of what it calls")
+
+
+def fresh(cls: type) -> type:
+    """The class, or where a pickle could change it a subclass for this one pickle."""
+    return type(cls.__name__, (cls,), {"__slots__": ()}) if cls.__flags__ & _IS_PYTHON_CLASS else cls
 
 
 def _reconstruct(subtype: type, shape: tuple[int, ...], typecode: bytes | str) -> np.ndarray:

@@ -116,7 +116,7 @@ def _dill_array(make: Any, arguments: tuple[Any, ...], state: tuple[Any, ...], a
 
 def _dill_namedtuple(name: str, fields: Sequence[str], *more: Any) -> type:
     """dill writes named tuples with their definition."""
-    return _ByolState if tuple(fields) == _ByolState._fields else _Unread
+    return safe_pickle.fresh(_ByolState if tuple(fields) == _ByolState._fields else _Unread)
 
 
 class _Unread(tuple[Any, ...]):

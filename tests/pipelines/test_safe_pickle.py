@@ -116,3 +116,31 @@ def test_damage_is_an_input_error(data: st.DataObject) -> None:
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(InputError):
         safe_pickle.loads(bytes(content), where="x")
+
+
+class _Own:
+    pass
+
+
+@pytest.mark.parametrize("name", ["numpy\ndtype", "ours\nfunction", "ours\nOwn"])
+def test_a_pickle_cannot_change_what_it_was_given(name: str) -> None:
+    """The opcode BUILD sets attributes: here `__doc__`, of whatever stands before it."""
+    program = f"c{name}\n".encode() + b"(NVchanged\n".replace(b"(NV", b"(N}V__doc__\nV") + b"stb."
+    more = {("ours", "function"): _own_function, ("ours", "Own"): _Own}
+    before = safe_pickle._dtype.__doc__, _own_function.__doc__, _Own.__doc__
+    with contextlib.suppress(InputError):
+        safe_pickle.loads(program, where="x", more=more)
+    assert (safe_pickle._dtype.__doc__, _own_function.__doc__, _Own.__doc__) == before
+
+
+def _own_function() -> None:
+    """As it was."""
+
+
+def test_more_memory_than_there_is() -> None:
+    class Huge:
+        def __reduce__(self) -> Any:
+            return np._core.multiarray._reconstruct, (np.ndarray, (1 << 50,), b"b")
+
+    with pytest.raises(InputError, match="it asks for more memory than there is"):
+        safe_pickle.loads(pickle.dumps(Huge()), where="x")
