@@ -127,7 +127,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     _tell_apart(
         rows,
         [
-            lambda row: f" (epoch {row.entry.get('epochs')})",
+            lambda row: f" (epoch {known(row.entry.get('epochs'))})",
             lambda row: f" in {row.place}",
             lambda row: f" ({(row.entry.get('imported') or {}).get('file')})",
             lambda row: f" ({row.entry.get('weights_file') or row.entry.get('weights')})",
@@ -200,6 +200,11 @@ class _Run:
             source = f"{entry.get('weights_file') or ''} {imported.get('sha256', '')} {imported.get('branch', '')}"
             found.setdefault((str(entry.get("weights")), str(entry.get("epochs")), source), []).append(entry)
         return found
+
+
+def known(value: Any) -> str:
+    """A number, or that nobody knows it, as of weights that were imported."""
+    return "unknown" if value is None else str(value)
 
 
 def _place(

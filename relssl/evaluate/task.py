@@ -43,6 +43,8 @@ class Portion:
     def __post_init__(self) -> None:
         if self.percent is not None and self.listing is not None:
             raise ConfigError("--percent and --subset both choose the training images; give one of them")
+        if self.seed and self.percent is None:
+            raise ConfigError(f"--draw {self.seed} is one of the draws of --percent; give --percent, too")
 
     def of(self, files: Any) -> Any:
         """Those images of an open data set."""

@@ -205,6 +205,14 @@ def finetune(
         raise InputError(f"fine-tuning needs at least two classes, got {num_classes}: with one every answer is right")
     if num_batches_per_epoch < 1:
         raise InputError("there is no training image to fine-tune on. Choose another data set")
+    broken = [
+        key for key, value in backbone.state_dict().items() if value.is_floating_point() and not value.isfinite().all()
+    ]
+    if broken:
+        raise InputError(
+            f"{len(broken)} tensors of the backbone hold NaN or infinite numbers, the first is {broken[0]}: there is "
+            "nothing to fine-tune. Take other weights, of an earlier checkpoint for example"
+        )
     model = copy.deepcopy(backbone).to(device).requires_grad_(True)
     weight, bias = initial_head(
         feature_dim,

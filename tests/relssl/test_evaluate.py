@@ -147,6 +147,8 @@ def test_random_weights_are_called_that(run, capsys):
 
 
 def test_two_ways_to_choose_labels_are_one_too_many(run, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="--draw 3 is one of the draws of --percent"):
+        Portion(seed=3)
     with pytest.raises(ConfigError, match="give one of them"):
         Portion(percent=1, listing=tmp_path / "few.txt")
     assert command(["eval", "linear", "--weights", str(run), "--percent", "1", "--subset", "x.txt"]) == 2

@@ -34,6 +34,12 @@ def small(**options):
     return Small(**options)
 
 
+def broken():
+    net = small()
+    torch.nn.init.constant_(net.conv.bias, torch.nan)
+    return net
+
+
 def pictures(n, seed):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % NUM_CLASSES
@@ -232,6 +238,7 @@ IMAGES, LABELS = pictures(40, 1)
         (lambda: run(QUICK, num_batches_per_epoch=2), ValueError, "3 batches, 2 were announced"),
         (lambda: run(QUICK, test_batches=list), InputError, "no test image"),
         (lambda: run(QUICK, seed=-1), ConfigError, "seed"),
+        (lambda: run(QUICK, backbone=broken()), InputError, r"1 tensors of the backbone .* the first is conv\.bias"),
         (
             lambda: run(QUICK, train=(IMAGES * torch.nan, LABELS)),
             RunError,
