@@ -41,8 +41,10 @@ def analysis_context(folder: Path, results: Sequence[Mapping[str, Any]], notes: 
 
 
 def _last(results: Sequence[Mapping[str, Any]], evaluator: str, weights: str) -> Mapping[str, Any]:
+    """The last entry of the run's finished backbone; if it has none, that of the newest checkpoint."""
     fitting = [e for e in results if e.get("evaluator") == evaluator and e.get("weights") == weights]
-    return fitting[-1] if fitting else {}
+    ranked = sorted(fitting, key=lambda e: (not e.get("weights_file"), e.get("update") or math.inf))
+    return ranked[-1] if ranked else {}
 
 
 def _few_labels(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -75,7 +75,7 @@ def analyse(
     chosen_map = None if map_kind is None else choose_map(map_kind)
     start = perf_counter()
     with Task(weights, train, test, device, needs_labels=False) as task:
-        folder = weights.folder / ("analysis" if weights.origin == "pretrained" else f"analysis-{weights.origin}")
+        folder = weights.folder / "-".join(["analysis", *weights.tags])
         folder.mkdir(exist_ok=True)
         found: dict[str, Any] = {"label_free": _label_free(task), "files": {}}
         if task.labelled:

@@ -84,8 +84,7 @@ def as_scores(found: RetrievalScores) -> dict[str, Any]:
 
 
 def _sheet_name(weights: Weights, within: bool) -> str:
-    parts = ["retrieval", "" if weights.origin == "pretrained" else weights.origin, "within" if within else ""]
-    return "-".join(part for part in parts if part) + ".png"
+    return "-".join(["retrieval", *weights.tags, *(["within"] if within else [])]) + ".png"
 
 
 def _draw(

@@ -215,9 +215,7 @@ class Task:
         own_train = _short(own_data.probe or own_data.train)
         parts = [
             kind,
-            "" if weights.origin == "pretrained" else weights.origin,
-            "" if weights.file is None else Path(weights.file).stem,
-            "" if weights.update is None else f"update{weights.update:08d}",
+            *weights.tags,
             "" if protocol is None else protocol.replace(" (changed)", "-changed"),
             "" if self.names["train"] == own_train else Path(self.names["train"]).stem,
             self.portion.tag,

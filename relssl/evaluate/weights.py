@@ -41,6 +41,16 @@ class Weights:
     imported: dict[str, Any] | None = None
     file: str | None = None
 
+    @property
+    def tags(self) -> list[str]:
+        """For names of what lies in `folder`: what tells these weights from the finished backbone of the run."""
+        tags = [
+            "" if self.origin == "pretrained" else self.origin,
+            "" if self.file is None else Path(self.file).stem,
+            "" if self.update is None else f"update{self.update:08d}",
+        ]
+        return [tag for tag in tags if tag]
+
 
 def open_weights(path: Path, *, random_init: bool = False) -> Weights:
     """The backbone of a run folder, of one of its checkpoints (`RUN/checkpoints/update-...`) or of a weights file.

@@ -19,6 +19,7 @@ from relssl.config import load_recipe
 from relssl.evaluators.probe import ProbeProtocol
 from relssl.pictures import neighbour_sheet
 from relssl.report import write_report
+from relssl.report_analysis import _last
 from relssl.runfolder import read_results
 from relssl.train import train
 from tests.relssl import tiny
@@ -170,6 +171,20 @@ def test_random_weights_are_analysed_beside_the_trained_ones(capsys, run, quick)
     page = write_report(run).read_text()
     assert "alignment of two crops" in page
     assert "<th>random initialisation</th><th>pre-trained</th></tr>" in page
+
+
+def test_analyses_of_several_weights_lie_apart_and_the_finished_ones_are_shown(capsys, run, quick):
+    checkpoint = min((run / "checkpoints").iterdir())
+    for weights in (run, checkpoint):  # the checkpoint last
+        code, text = relssl(capsys, "eval", "analyse", "--weights", weights, "--map", "none", "--no-few-labels")
+        assert code == 0, text
+    finished, older = read_results(run)
+    assert (finished["update"], older["update"]) == (None, int(checkpoint.name.removeprefix("update-")))
+    assert finished["files"]["confusion"] == "analysis/confusion.json"
+    assert older["files"]["confusion"] == f"analysis-update{older['update']:08d}/confusion.json"
+    assert (run / older["files"]["confusion"]).is_file()
+    assert _last([finished, older], "analysis", "pretrained") == finished
+    assert _last([older], "analysis", "pretrained") == older
 
 
 def test_an_analysis_without_labels(capsys, run, tmp_path, monkeypatch):
