@@ -127,7 +127,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
     _tell_apart(
         rows,
         [
-            lambda row: f" (epoch {known(row.entry.get('epochs'))})",
+            lambda row: f" (epoch {number_or_unknown(row.entry.get('epochs'))})",
+            lambda row: "" if row.entry.get("update") is None else f" (update {row.entry['update']})",
             lambda row: f" in {row.place}",
             lambda row: f" ({(row.entry.get('imported') or {}).get('file')})",
             lambda row: f" ({row.entry.get('weights_file') or row.entry.get('weights')})",
@@ -193,16 +194,17 @@ class _Run:
         return " + ".join(Path(str(name)).stem for name in names)
 
     def parts(self) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-        """Entries by weights, epochs, and the file that they were read or imported from, if not the run's own."""
+        """Entries by weights, epochs, and what they were read or imported from, if not the run's finished backbone."""
         found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
         for entry in self.results:
             imported = entry.get("imported") or {}
-            source = f"{entry.get('weights_file') or ''} {imported.get('sha256', '')} {imported.get('branch', '')}"
+            place = f"{entry.get('update') or ''} {entry.get('weights_file') or ''}"
+            source = f"{place} {imported.get('sha256', '')} {imported.get('branch', '')}"
             found.setdefault((str(entry.get("weights")), str(entry.get("epochs")), source), []).append(entry)
         return found
 
 
-def known(value: Any) -> str:
+def number_or_unknown(value: Any) -> str:
     """A number, or that nobody knows it, as of weights that were imported."""
     return "unknown" if value is None else str(value)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
-from relssl.compare import Cell, Column, Comparison, Row, known, title
+from relssl.compare import Cell, Column, Comparison, Row, number_or_unknown, title
 from relssl.report import format_table, protocol_name, protocol_text
 
 PLUS_MINUS = "±: standard deviation over training seeds where a row has several, else over the seeds of the evaluation"
@@ -43,9 +43,9 @@ def _facts(rows: Sequence[Row]) -> dict[str, list[str]]:
         "method": [str(row.entry.get("method")) for row in rows],
         "data": [row.data or "–" for row in rows],
         "backbone": [str(row.entry.get("backbone")) for row in rows],
-        "epochs": [known(row.entry.get("epochs")) for row in rows],
-        "batch": [known(row.entry.get("global_batch")) for row in rows],
-        "views": [known(row.entry.get("views_per_step")) for row in rows],
+        "epochs": [number_or_unknown(row.entry.get("epochs")) for row in rows],
+        "batch": [number_or_unknown(row.entry.get("global_batch")) for row in rows],
+        "views": [number_or_unknown(row.entry.get("views_per_step")) for row in rows],
         "training seeds": ["unknown" if row.entry.get("imported") else ", ".join(map(str, row.seeds)) for row in rows],
     }
     for place, row in enumerate(rows):

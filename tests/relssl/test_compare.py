@@ -44,6 +44,21 @@ def make_run(folder: Path, *results: dict[str, Any], seed: int = 0, **changes: A
     return folder
 
 
+def test_checkpoints_of_one_epoch_and_other_files_have_rows_of_their_own(tmp_path):
+    a = make_run(
+        tmp_path / "a",
+        *(result("knn", top1, update=update) for top1, update in ((41.0, None), (39.0, 900), (40.0, 950))),
+        result("knn", 45.0, weights="finetuned", weights_file="finetuned-seed0.safetensors"),
+    )
+    rows = table(compare([a]))[1:]
+    assert [(row[0], row[-1]) for row in rows] == [
+        ("a (pretrained)", "41.00"),
+        ("a (update 900)", "39.00"),
+        ("a (update 950)", "40.00"),
+        ("a (finetuned-seed0.safetensors)", "45.00"),
+    ]
+
+
 def test_runs_side_by_side(tmp_path):
     a = make_run(tmp_path / "a", result("linear", 45.0, 46.0), result("knn", 41.25))
     b = make_run(tmp_path / "b", result("knn", 50.0, method="wcl"), method__name="wcl")
