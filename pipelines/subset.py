@@ -111,48 +111,101 @@ def listed(files: Any, path: Path) -> Subset:
 
 
 def balanced(files: Any, percent: float, seed: int) -> Any:
-    """`percent` of the images of a labelled data set, equally many of each class, drawn by `seed`.
+    """`percent` of the images of a labelled data set, equally many of each class, drawn by `seed`: `balanced_rows`.
 
-    What does not divide among the classes goes to some of them, one image each. A larger percentage holds the images of
-    a smaller one. 100 is the whole data set, balanced or not.
+    100 is the whole data set, balanced or not.
 
     Raises:
-        ConfigError: not a percentage, or so few that a class would be without an image.
-        InputError: images without labels, or a class with fewer images than its share.
+        ConfigError, InputError: as `balanced_rows`.
     """
-    if not 0 < percent <= 100:
-        raise ConfigError(f"a percentage is above 0 and at most 100, got {percent:g}")
     if percent == 100:
         return files
-    labels = files.labels
+    return Subset(files, balanced_rows(files.labels, seed, percent=percent, classes=files.classes, where=_place(files)))
+
+
+def balanced_rows(
+    labels: np.ndarray,
+    seed: int,
+    *,
+    per_class: int | None = None,
+    percent: float | None = None,
+    classes: Sequence[str] | None = None,
+    where: str = "the training images",
+) -> np.ndarray:
+    """Rows of a random draw with equally many images of each class that there is.
+
+    A function of labels and seed. What does not divide among the classes goes to some of them, one image each. A larger
+    draw holds the images of a smaller one of the same seed, and all of 100 percent are all, balanced or not.
+
+    Args:
+        labels: (N,) whole numbers.
+        per_class: images of each class.
+        percent: of all images. One of both is given.
+        classes: their names, for messages.
+        where: what the images are, for messages.
+
+    Returns:
+        int64, increasing.
+
+    Raises:
+        ConfigError: not one of both, a negative seed, not a percentage, or so few images that a class would be without.
+        InputError: images without labels, or a class with fewer images than its share.
+    """
+    if (per_class is None) == (percent is None):
+        raise ConfigError("a draw of labels needs either a number for each class or a percentage")
+    if seed < 0:
+        raise ConfigError(f"the seed of a draw must be 0 or more, got {seed}")
+    if percent is not None and not 0 < percent <= 100:
+        raise ConfigError(f"a percentage is above 0 and at most 100, got {percent:g}")
     if (labels < 0).any():
         raise InputError(
-            f"{_place(files)}: {int((labels < 0).sum())} of {len(labels)} images have no label, so a share of each "
-            "class cannot be drawn; give labelled data"
+            f"{where}: {int((labels < 0).sum())} of {len(labels)} images have no label, so a share of each class "
+            "cannot be drawn; give labelled data"
         )
-    classes, counts = np.unique(labels, return_counts=True)
-    total = round(len(labels) * percent / 100)
-    each, rest = divmod(total, len(classes))
-    if each == 0:
-        raise ConfigError(
-            f"{percent:g} % of {len(labels)} images are {total}, fewer than the {len(classes)} classes: a class would "
-            f"be without an image. Take at least {100 * len(classes) / len(labels):.3g} %"
-        )
-    shares = np.full(len(classes), each)
-    shares[np.argsort(counter_hash(seed, 1, _BALANCED, classes.astype(np.uint64)), kind="stable")[:rest]] += 1
+    if percent == 100:
+        return np.arange(len(labels))
+    present, counts = np.unique(labels, return_counts=True)
+    shares = _shares(present, counts, seed, per_class, percent)
     if (counts < shares).any():
         least = int(np.argmin(counts))
-        name = files.classes[classes[least]] if files.classes else str(classes[least])
+        name = classes[present[least]] if classes else str(present[least])
+        if percent is None:
+            raise InputError(
+                f"{per_class} labels of each class were asked for, but class {name} has {counts[least]} images: take "
+                f"at most {counts[least]}"
+            )
         raise InputError(
-            f"{percent:g} % of {_place(files)} in equal parts are {each + (rest > 0)} images of each class, but class "
-            f"{name} has {counts[least]}. Take a smaller percentage, or choose the images with --subset LIST"
+            f"{percent:g} % of {where} in equal parts are {shares.max()} images of each class, but class {name} has "
+            f"{counts[least]}. Take a smaller percentage, or choose the images with --subset LIST"
         )
     ranks = counter_hash(seed, 0, _BALANCED, np.arange(len(labels), dtype=np.uint64))
     chosen = []
-    for label, share in zip(classes, shares, strict=True):
+    for label, share in zip(present, shares, strict=True):
         mine = np.flatnonzero(labels == label)
         chosen.append(mine[np.argsort(ranks[mine], kind="stable")[:share]])
-    return Subset(files, np.sort(np.concatenate(chosen)))
+    return np.sort(np.concatenate(chosen))
+
+
+def _shares(
+    present: np.ndarray, counts: np.ndarray, seed: int, per_class: int | None, percent: float | None
+) -> np.ndarray:
+    """Images of each class."""
+    if percent is None:
+        assert per_class is not None
+        if per_class < 1:
+            raise ConfigError(f"a draw takes 1 label of each class or more, got {per_class}")
+        return np.full(len(present), per_class)
+    images = int(counts.sum())
+    total = round(images * percent / 100)
+    each, rest = divmod(total, len(present))
+    if each == 0:
+        raise ConfigError(
+            f"{percent:g} % of {images} images are {total}, fewer than the {len(present)} classes: a class would be "
+            f"without an image. Take at least {100 * len(present) / images:.3g} %"
+        )
+    shares = np.full(len(present), each)
+    shares[np.argsort(counter_hash(seed, 1, _BALANCED, present.astype(np.uint64)), kind="stable")[:rest]] += 1
+    return shares
 
 
 def _read_list(path: Path) -> dict[str, None]:

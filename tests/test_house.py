@@ -53,7 +53,7 @@ ALLOWED = {
         "relssl.methods", "relssl.losses", "relssl.nets", "relssl.ops", "relssl.optim", "relssl.dist",
         "pipelines.errors", "pipelines.batch", "pipelines.views",
     ],
-    "relssl.evaluators": ["relssl.evaluators", "relssl.ops", "relssl.dist", "pipelines.errors"],
+    "relssl.evaluators": ["relssl.evaluators", "relssl.ops", "relssl.dist", "pipelines.errors", "pipelines.subset"],
 }  # fmt: skip
 OPTIONAL = {"ffcv", "cv2", "nvidia", "tensorboard", "umap", "timm", "onnx", "onnxruntime", "onnxscript"}
 # Loaded by name, and only when asked for: these may import their package at the top.

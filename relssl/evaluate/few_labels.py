@@ -47,6 +47,7 @@ def few_labels_of(task: Task, amounts: Sequence[Amount] | None, seeds: Sequence[
         num_classes=task.num_classes,
         amounts=usual_amounts(train_y) if amounts is None else amounts,
         seeds=seeds,
+        classes=task.sets["train"].classes,
         device=task.device,
         progress=lambda line: log.info("few labels: %s", line),
     )

@@ -1,6 +1,6 @@
-"""Which labelled images are drawn: a part held out of the training set, a few labels of every class.
+"""Which labelled images are held out of the training set to choose settings on.
 
-Both are balanced over classes and a function of (labels, seed) alone. Legend: N images, C classes.
+Balanced over classes, and a function of (labels, seed) alone. Legend: N images.
 """
 
 from __future__ import annotations
@@ -56,40 +56,6 @@ def held_out_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, 
     is_held = torch.zeros(len(labels), dtype=torch.bool)
     is_held[held] = True
     return (~is_held).nonzero().squeeze(1), held
-
-
-def balanced_draw(labels: Tensor, seed: int, *, per_class: int | None = None, percent: float | None = None) -> Tensor:
-    """Rows of a random draw with as many images of every class, or the same share of every class.
-
-    Args:
-        labels: (N,) int64, 0 or more.
-        per_class: images of each class; each must have that many.
-        percent: of each class, rounded, but at least one image. One of both is given.
-
-    Returns:
-        int64, on the CPU, increasing.
-
-    Raises:
-        ConfigError: neither or both are given, or out of range, or a class has fewer than `per_class` images.
-    """
-    if (per_class is None) == (percent is None):
-        raise ConfigError("a draw of labels needs either a number for each class or a percentage")
-    counts = torch.bincount(labels.cpu())
-    present = counts > 0
-    if per_class is not None:
-        fewest = int(counts[present].min()) if present.any() else 0
-        if not 1 <= per_class <= fewest:
-            raise ConfigError(
-                f"{per_class} labels of each class were asked for, but the smallest class has {fewest} images; choose "
-                f"a number from 1 to {fewest}, or a percentage"
-            )
-        quota = torch.full_like(counts, per_class)
-    else:
-        assert percent is not None
-        if not 0 < percent <= 100:
-            raise ConfigError(f"a percentage of labels must lie above 0 and be at most 100, got {percent:g}")
-        quota = (counts * (percent / 100)).round().long().clamp(min=1)
-    return _first_of_each_class(labels.cpu(), quota, generator(seed, "few labels"))
 
 
 def _first_of_each_class(labels: Tensor, quota: Tensor, source: torch.Generator) -> Tensor:

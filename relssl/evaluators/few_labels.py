@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import ConfigError, InputError
-from relssl.evaluators.draws import balanced_draw
+from pipelines.subset import balanced_rows
 from relssl.evaluators.features import check_features, check_labels, check_same_width, summarise
 from relssl.evaluators.heads import labelled_rows, logistic_regression, score_heads
 
@@ -27,7 +27,7 @@ MOST_IMAGES = 100_000  # of the usual amounts: beyond that there are no few labe
 
 @dataclass(frozen=True)
 class Amount:
-    """How many labels: so many of each class, or a percentage of each class."""
+    """How many labels: so many of each class, or a percentage of all images, equally many of each class."""
 
     per_class: int | None = None
     percent: float | None = None
@@ -56,6 +56,7 @@ def few_label_curve(
     num_classes: int,
     amounts: Sequence[Amount],
     seeds: Sequence[int],
+    classes: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -67,7 +68,8 @@ def few_label_curve(
         train_x, train_y: (N, D) and (N,).
         test_x, test_y: (n, D) and (n,).
         amounts: see `Amount`.
-        seeds: one draw for each.
+        seeds: one draw for each: that of `pipelines.subset.balanced_rows`.
+        classes: their names, for messages.
         progress: called with a line after every amount.
 
     Returns:
@@ -75,8 +77,8 @@ def few_label_curve(
         first.
 
     Raises:
-        ConfigError: no amounts or seeds, or more labels of a class than there are.
-        InputError: NaN features, labels missing, one class only.
+        ConfigError: no amounts or seeds, or an amount that leaves a class without a label.
+        InputError: NaN features, labels missing, one class only, or more labels of a class than there are.
     """
     if not amounts or not seeds:
         raise ConfigError("a few-label curve needs at least one amount of labels and one seed")
@@ -86,7 +88,11 @@ def few_label_curve(
     tested = rows.like(test_x, check_labels(test_y, len(test_x), num_classes, "test labels"))
     if len(rows.labels.unique()) < 2:
         raise InputError("all training images have the same label: expected at least two classes")
-    draws = [[balanced_draw(rows.labels, s, **vars(a)) for s in _seeds_for(a, seeds)] for a in amounts]
+    labels = rows.labels.cpu().numpy()
+    draws = [
+        [torch.from_numpy(balanced_rows(labels, s, **vars(a), classes=classes)) for s in _seeds_for(a, seeds)]
+        for a in amounts
+    ]
     everything = torch.arange(len(test_y))
     curve = []
     for amount, indices in sorted(zip(amounts, draws, strict=True), key=lambda pair: len(pair[1][0])):

@@ -10,7 +10,7 @@ import pytest
 from dataset_tools.convert import convert
 from pipelines import beton
 from pipelines.errors import ConfigError, InputError
-from pipelines.subset import Subset, balanced, listed, spread
+from pipelines.subset import Subset, balanced, balanced_rows, listed, spread
 
 
 def write(path, labels, names=None, classes=None):
@@ -147,6 +147,39 @@ def test_a_class_with_fewer_images_than_its_share_is_named(tmp_path):
 def test_a_share_of_unlabelled_images_is_refused(tmp_path):
     with write(tmp_path / "a.beton", [0, None, 1, None]) as files, pytest.raises(InputError, match="2 of 4 images"):
         balanced(files, 50, 0)
+
+
+def test_so_many_labels_of_each_class_are_the_first_of_the_same_order():
+    labels = np.arange(40) % 4
+    rows = balanced_rows(labels, 0, per_class=3)
+    assert np.bincount(labels[rows]).tolist() == [3, 3, 3, 3]
+    assert set(rows) <= set(balanced_rows(labels, 0, per_class=4)) <= set(balanced_rows(labels, 0, percent=60))
+    assert rows.tolist() == balanced_rows(labels, 0, percent=30).tolist()
+    assert rows.tolist() != balanced_rows(labels, 1, per_class=3).tolist()
+
+
+def test_a_class_that_nothing_has_takes_no_part_in_a_draw():
+    labels = np.array([0, 0, 5, 5])
+    assert labels[balanced_rows(labels, 0, per_class=1)].tolist() == [0, 5]
+
+
+@pytest.mark.parametrize(
+    ("amount", "seed", "message"),
+    [
+        ({"per_class": 0}, 0, "1 label of each class or more, got 0"),
+        ({}, 0, "either a number for each class or a percentage"),
+        ({"per_class": 1, "percent": 50.0}, 0, "either a number for each class or a percentage"),
+        ({"per_class": 1}, -1, "seed of a draw must be 0 or more"),
+    ],
+)
+def test_draws_that_cannot_be(amount, seed, message):
+    with pytest.raises(ConfigError, match=message):
+        balanced_rows(np.arange(6) % 2, seed, **amount)
+
+
+def test_more_labels_than_a_class_has_are_refused_by_its_name():
+    with pytest.raises(InputError, match=r"2 labels of each class .* class rare has 1 images: take at most 1"):
+        balanced_rows(np.array([0, 0, 0, 1]), 0, per_class=2, classes=["common", "rare"])
 
 
 def test_spread_keeps_the_names_of_what_it_takes(files):

@@ -1,4 +1,4 @@
-"""Held-out splits and draws of a few labels: balanced, seeded, and refused where they cannot be."""
+"""Held-out splits: balanced, seeded, and refused where they cannot be."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.errors import ConfigError, InputError
-from relssl.evaluators.draws import balanced_draw, held_out_split
+from relssl.evaluators.draws import held_out_split
 
 LABELS = torch.tensor([0] * 10 + [1] * 5 + [2] * 3 + [3])[
     torch.randperm(19, generator=torch.Generator().manual_seed(0))
@@ -48,42 +48,6 @@ def test_a_share_lies_between_nothing_and_all(fraction):
         held_out_split(LABELS, fraction, seed=0)
 
 
-def test_a_draw_has_as_many_of_each_class():
-    labels = torch.arange(40) % 4
-    rows = balanced_draw(labels, 0, per_class=3)
-    assert torch.bincount(labels[rows]).tolist() == [3, 3, 3, 3]
-    assert len(set(rows.tolist())) == 12
-    assert not torch.equal(rows, balanced_draw(labels, 1, per_class=3))
-
-
-def test_a_percentage_of_each_class_is_at_least_one_image():
-    rows = balanced_draw(LABELS, 0, percent=10)
-    assert torch.bincount(LABELS[rows]).tolist() == [1, 1, 1, 1]
-    assert torch.bincount(LABELS[balanced_draw(LABELS, 0, percent=60)]).tolist() == [6, 3, 2, 1]
-    assert balanced_draw(LABELS, 0, percent=100).tolist() == list(range(19))
-
-
-def test_a_class_without_images_is_no_hindrance():
-    labels = torch.tensor([0, 0, 5, 5])
-    assert torch.bincount(labels[balanced_draw(labels, 0, per_class=1)]).tolist() == [1, 0, 0, 0, 0, 1]
-
-
-@pytest.mark.parametrize(
-    ("amount", "message"),
-    [
-        ({"per_class": 2}, "the smallest class has 1 images"),
-        ({"per_class": 0}, "from 1 to 1"),
-        ({"percent": 0.0}, "above 0"),
-        ({"percent": 101.0}, "at most 100"),
-        ({}, "either a number for each class or a percentage"),
-        ({"per_class": 1, "percent": 1.0}, "either a number for each class or a percentage"),
-    ],
-)
-def test_draws_that_cannot_be(amount, message):
-    with pytest.raises(ConfigError, match=message):
-        balanced_draw(LABELS, 0, **amount)
-
-
 def test_a_negative_seed_is_refused():
     with pytest.raises(ConfigError, match="seed must be 0 or more"):
-        balanced_draw(LABELS, -1, per_class=1)
+        held_out_split(LABELS, 0.2, seed=-1)
