@@ -195,7 +195,10 @@ class OnlineMeasure(Section):
     every_epochs: int | None = Field(None, gt=0, description="eval.online.every_epochs when absent")
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="knn: k, temperature; linear: settings of the protocol `cached`; retrieval: k",
+        description=(
+            "knn: k, temperature; linear: protocol (cached), its settings, percent, draw; retrieval: k; probe: its "
+            "settings; fewlabel: labels, percent, seeds; finetune: protocol (the recipe's), its settings, percent, draw"
+        ),
     )
 
 
@@ -205,6 +208,9 @@ class OnlineMeasures(Section):
     knn: OnlineMeasure | None = None
     linear: OnlineMeasure | None = None
     retrieval: OnlineMeasure | None = None
+    probe: OnlineMeasure | None = None
+    fewlabel: OnlineMeasure | None = None
+    finetune: OnlineMeasure | None = None
     label_free: OnlineMeasure | None = None
 
     def chosen(self) -> dict[str, OnlineMeasure]:
@@ -352,6 +358,7 @@ class Recipe(Section):
         from relssl.evaluators.linear import linear_protocol
         from relssl.methods import load_method
         from relssl.methods.base import check_plan
+        from relssl.online_options import online_settings
 
         method = load_method(str(self.method["name"]))
         self.method_config()
@@ -367,7 +374,7 @@ class Recipe(Section):
         if self.eval.knn.protocol is not None:
             knn_protocol(self.eval.knn.protocol)
         if self.eval.online is not None:
-            check_online(self.eval.online)
+            online_settings(self.eval)
         check_buildable(self)
 
     def _check_accumulation(self, kind: str) -> None:
@@ -388,25 +395,6 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-
-
-def check_online(online: Online) -> None:
-    """Whether the options of the evaluators that run while training are theirs.
-
-    Raises:
-        ConfigError: an unknown option, or a value that cannot be.
-    """
-    from relssl.evaluators.linear import linear_protocol
-
-    known = {"knn": ("k", "temperature"), "retrieval": ("k",), "label_free": ()}
-    for name, measure in online.evaluators.chosen().items():
-        if name == "linear":
-            linear_protocol("cached", **measure.options)
-            continue
-        for key in measure.options:
-            if key not in known[name]:
-                what = f"option of eval.online.evaluators.{name}"
-                raise ConfigError(unknown_name(what, key, known[name]) if known[name] else f"unknown {what}: {key!r}")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -9,12 +9,13 @@ is a statement about processes, and equal seeds on every rank are as important a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import operator
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from pipelines.errors import RunError
 
 _MASK = (1 << 64) - 1
 _START = 0x72656C73736C2121  # any number unlike a key, or mix(1) and mix() would meet
+_is_alone = False
 
 
 def mix(*keys: int | str) -> int:
@@ -77,12 +79,26 @@ def is_distributed() -> bool:
 
 def rank() -> int:
     """This process's number, 0 without a process group."""
-    return dist.get_rank() if is_distributed() else 0
+    return dist.get_rank() if is_distributed() and not _is_alone else 0
 
 
 def world_size() -> int:
     """The number of processes, 1 without a process group."""
-    return dist.get_world_size() if is_distributed() else 1
+    return dist.get_world_size() if is_distributed() and not _is_alone else 1
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process is a world of its own, for what the others do not take part in.
+
+    They wait for it at their next collective.
+    """
+    global _is_alone
+    before, _is_alone = _is_alone, True
+    try:
+        yield
+    finally:
+        _is_alone = before
 
 
 def local_slice(rows: Tensor, *, micro: int = 0, num_micro: int = 1) -> Tensor:

@@ -1,13 +1,14 @@
-"""Evaluation while training: kNN, a quick linear probe and retrieval where there are labels, RankMe and uniformity.
+"""Evaluation while training: every evaluator of `relssl eval` where there are labels, RankMe and uniformity without.
 
-Features are extracted once for all evaluators that are due, shared out among the processes; the main process measures.
-Nothing here draws from a global generator or touches what is trained, so a run ends with the same bits whatever is
-evaluated, and how often.
+Features are extracted once for all evaluators that are due, shared out among the processes; the main process measures,
+and does alone what needs augmented images. Nothing here draws from a global generator or touches what is trained, so a
+run ends with the same bits whatever is evaluated, and how often.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,40 @@ import torch
 from torch import Tensor, nn
 
 from pipelines import beton
-from pipelines.errors import ConfigError, InputError
+from pipelines.errors import ConfigError, InputError, RunError
 from pipelines.loader import ViewLoader
 from pipelines.subset import spread
 from relssl import dist
-from relssl.config import OnlineMeasure, Recipe
+from relssl.config import Recipe
 from relssl.encode import encode, feature_loader
+from relssl.evaluate.finetune import finetune_on
+from relssl.evaluate.linear import linear_on
+from relssl.evaluate.task import Portion, Task
+from relssl.evaluate.weights import Weights
+from relssl.evaluators.few_labels import Amount, few_label_curve
+from relssl.evaluators.finetune import FinetuneResult
 from relssl.evaluators.knn import knn_accuracy
 from relssl.evaluators.label_free import neighbours_of, rankme, uniformity
-from relssl.evaluators.linear import cached_batches, linear_protocol, train_linear_probe
+from relssl.evaluators.linear import LinearProtocol, LinearResult, cached_batches, train_linear_probe
+from relssl.evaluators.probe import FEATURES, ProbeProtocol, fast_probe
 from relssl.evaluators.retrieval import retrieval_scores
+from relssl.nets import build_backbone
+from relssl.online_options import FewLabels, Knn, LabelFree, Labelled, Retrieval, online_settings
 
 _SHEET_QUERIES, _SHEET_NEIGHBOURS = 8, 6
 _UNIFORMITY_IMAGES = 2048
 _UNREADABLE = 0.01  # as in training
-_RETRIEVAL_K = (1, 5, 10)
+_FEW_LABELS = (1, 10, 100)  # a class
 _NEEDS_NO_LABELS = "label_free"
+
+
+@dataclass(frozen=True)
+class _Features:
+    """What evaluators look at: the encoder; features and labels of training images, and of test images if labelled."""
+
+    encoder: nn.Module
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor] | None
 
 
 class OnlineEvaluator:
@@ -39,7 +58,7 @@ class OnlineEvaluator:
     def __init__(self, recipe: Recipe, device: torch.device, dtype: torch.dtype):
         assert recipe.eval.online is not None
         self.recipe, self.device, self.online = recipe, device, recipe.eval.online
-        self.measures = self.online.evaluators.chosen()
+        self.measures, self.settings = self.online.evaluators.chosen(), online_settings(recipe.eval)
         self.files: list[Any] = []
         self.loaders: list[ViewLoader] = []
         try:
@@ -86,45 +105,55 @@ class OnlineEvaluator:
             return []
         if test is None:
             due = [_NEEDS_NO_LABELS]
+        found = _Features(encoder, train, test)
         records = []
         for name in due:
             try:
-                records.append(self._measure(name, train, test))
-            except (ConfigError, InputError) as error:  # no reason to lose the run
+                records.append(self._measure(name, found))
+            except (ConfigError, InputError, RunError) as error:  # no reason to lose the run
                 records.append({"evaluator": name, "problem": str(error)})
         return records
 
-    def _measure(self, name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
-        if name == _NEEDS_NO_LABELS or test is None:
-            few = train[0][:: max(len(train[0]) // _UNIFORMITY_IMAGES, 1)]  # its cost grows with the square
-            return {"evaluator": "rankme", "rankme": rankme(train[0]), "uniformity": uniformity(few)}
-        measure = {"knn": self._knn, "linear": self._linear, "retrieval": self._retrieval}[name]
-        counts = {"num_train": len(train[0]), "num_test": len(test[0])}
-        x, y, test_x, test_y = (part.to(self.device) for part in (*train, *test))
-        record = {"evaluator": name, **measure(self.measures[name], x, y, test_x, test_y), **counts}
-        if name == "knn" and _NEEDS_NO_LABELS not in self.measures:
-            record["rankme"] = rankme(train[0])
+    def _measure(self, name: str, found: _Features) -> dict[str, Any]:
+        settings = self.settings[name] if name in self.settings else LabelFree()
+        train_x = found.train[0]
+        if isinstance(settings, LabelFree) or found.test is None:
+            few = train_x[:: max(len(train_x) // _UNIFORMITY_IMAGES, 1)]  # its cost grows with the square
+            return {"evaluator": "rankme", "rankme": rankme(train_x), "uniformity": uniformity(few)}
+        data = tuple(part.to(self.device) for part in (*found.train, *found.test))
+        counts = {"num_train": len(train_x), "num_test": len(found.test[0])}
+        if isinstance(settings, Labelled):
+            measured = self._labelled(settings, found.encoder, data)
+        else:
+            measured = _ON_FEATURES[type(settings)](settings, *data)
+        record = {"evaluator": name, **counts, **measured}
+        if name == "knn" and _NEEDS_NO_LABELS not in self.settings:
+            record["rankme"] = rankme(train_x)
         return record
 
-    def _knn(self, measure: OnlineMeasure, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> dict[str, Any]:
-        chosen = {"k": self.recipe.eval.knn.k, "temperature": self.recipe.eval.knn.temperature, **measure.options}
-        chosen["k"] = min(chosen["k"], len(x))
-        return {**knn_accuracy(x, y, test_x, test_y, **chosen), "k": chosen["k"]}
+    def _labelled(self, settings: Labelled, encoder: nn.Module, data: Sequence[Tensor]) -> dict[str, Any]:
+        """A protocol: on the features that there are where it can, on the images where it must."""
+        protocol = settings.protocol
+        found: LinearResult | FinetuneResult
+        if isinstance(protocol, LinearProtocol) and not protocol.augment and settings.percent is None:
+            found, counts = _linear(protocol, *data), {}
+        else:
+            with dist.alone(), self._task(settings, encoder) as task:
+                if isinstance(protocol, LinearProtocol):
+                    found = linear_on(task, protocol, 0)
+                else:
+                    found = finetune_on(task, protocol, 0)
+                counts = {"num_train": len(task.sets["train"]), "num_test": len(task.sets["test"])}
+        return {"top1": found.top1, "top5": found.top5, "protocol": protocol.name, **counts}
 
-    def _linear(self, measure: OnlineMeasure, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> dict[str, Any]:
-        protocol = linear_protocol("cached", **measure.options)
-        batches = cached_batches(x, y, protocol.batch_size, seed=0, drop_last=protocol.drop_last)
-        classes = int(max(y.max(), test_y.max())) + 1
-        found = train_linear_probe(
-            batches, len(batches), (test_x, test_y), x.shape[1], classes, protocol, 0, self.device
-        )
-        return {"top1": found.top1, "top5": found.top5}
-
-    def _retrieval(
-        self, measure: OnlineMeasure, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor
-    ) -> dict[str, Any]:
-        found = retrieval_scores(test_x, test_y, x, y, k=measure.options.get("k", _RETRIEVAL_K))
-        return {"map": found["map"], **{f"recall_at_{k}": value for k, value in found["recall"].items()}}
+    def _task(self, settings: Labelled, encoder: nn.Module) -> Task:
+        """The labelled data of the recipe, all of it, for a copy of the encoder as `relssl eval` would build it."""
+        chosen = self.recipe.backbone
+        with torch.random.fork_rng(devices=[]):  # building draws initial weights
+            backbone = build_backbone(chosen.name, **chosen.options)
+        backbone.load_state_dict(encoder.state_dict())
+        weights = Weights(backbone, self.recipe, "pretrained", None, Path())
+        return Task(weights, None, None, str(self.device), portion=Portion(settings.percent, None, settings.draw))
 
     def neighbour_sheet(self, encoder: nn.Module, out: Path) -> None:
         """Draw some images of the training data with their nearest neighbours."""
@@ -168,3 +197,63 @@ class OnlineEvaluator:
             workers=self.recipe.data.workers,
             max_unreadable=_UNREADABLE,
         )
+
+
+def _knn(settings: Knn, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> dict[str, Any]:
+    k = min(settings.k, len(x))
+    return {**knn_accuracy(x, y, test_x, test_y, k=k, temperature=settings.temperature), "k": k}
+
+
+def _retrieval(settings: Retrieval, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> dict[str, Any]:
+    found = retrieval_scores(test_x, test_y, x, y, k=settings.k)
+    return {"map": found["map"], **{f"recall_at_{k}": value for k, value in found["recall"].items()}}
+
+
+def _linear(protocol: LinearProtocol, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> LinearResult:
+    batches = cached_batches(x, y, protocol.batch_size, seed=0, drop_last=protocol.drop_last)
+    classes = _num_classes(y, test_y)
+    return train_linear_probe(batches, len(batches), (test_x, test_y), x.shape[1], classes, protocol, 0, x.device)
+
+
+def _probe(protocol: ProbeProtocol, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> dict[str, Any]:
+    found = fast_probe(
+        {FEATURES: x},
+        y,
+        {FEATURES: test_x},
+        test_y,
+        num_classes=_num_classes(y, test_y),
+        protocol=protocol,
+        device=x.device,
+    )
+    return {"top1": found.top1, "top5": found.top5, "check_top1": found.check_top1}
+
+
+def _few_labels(settings: FewLabels, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> dict[str, Any]:
+    fewest = int(y.unique(return_counts=True)[1].min())
+    usual = [Amount(per_class=k) for k in _FEW_LABELS if k <= fewest]
+    curve = few_label_curve(
+        x,
+        y,
+        test_x,
+        test_y,
+        num_classes=_num_classes(y, test_y),
+        amounts=usual if settings.amounts is None else settings.amounts,
+        seeds=settings.seeds,
+        device=x.device,
+    )
+    names = [
+        f"{point['per_class']}" if point["percent"] is None else f"{point['percent']:g}_percent" for point in curve
+    ]
+    return {f"top1_at_{name}": point["top1"]["mean"] for name, point in zip(names, curve, strict=True)}
+
+
+def _num_classes(y: Tensor, test_y: Tensor) -> int:
+    return int(max(y.max(), test_y.max())) + 1
+
+
+_ON_FEATURES: dict[type, Callable[..., dict[str, Any]]] = {
+    Knn: _knn,
+    Retrieval: _retrieval,
+    FewLabels: _few_labels,
+    ProbeProtocol: _probe,
+}

@@ -47,7 +47,7 @@ def evaluate_finetune(
     with Task(weights, train, test, device, portion=portion) as task:
         results = []
         for seed in seeds:
-            result = _finetune(task, settings, seed)
+            result = finetune_on(task, settings, seed)
             _save(task, result, settings, None if settings == own else settings.name, seed)
             results.append(result)
         return task.write(
@@ -60,7 +60,8 @@ def evaluate_finetune(
         )
 
 
-def _finetune(task: Task, settings: FinetuneProtocol, seed: int) -> FinetuneResult:
+def finetune_on(task: Task, settings: FinetuneProtocol, seed: int) -> FinetuneResult:
+    """A copy of the backbone and a head, trained on the data of a task."""
     specs = task.training_views(settings.crop) if settings.augment else [task.view]
     backbone: Any = task.backbone.float()
     with (

@@ -62,7 +62,7 @@ def evaluate_linear(
     with Task(weights, train, test, device, portion=portion) as task:
         results = []
         for seed in seeds:
-            result = _linear_probe(task, settings, seed)
+            result = linear_on(task, settings, seed)
             save_head(
                 task.place_for("head", None if settings == own else settings.name, seed),
                 result,
@@ -160,7 +160,8 @@ def _check_head(path: Path, about: dict[str, Any], weights: Weights, task: Task)
         )
 
 
-def _linear_probe(task: Task, settings: LinearProtocol, seed: int) -> LinearResult:
+def linear_on(task: Task, settings: LinearProtocol, seed: int) -> LinearResult:
+    """A linear classifier on the data of a task."""
     test = task.features("test")
     if not settings.augment:
         train_x, train_y = task.features("train")

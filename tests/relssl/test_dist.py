@@ -109,6 +109,11 @@ def _collectives(rank):
     out["sum bf16"] = dist.all_reduce_sum(base.to(torch.bfloat16))
     out["gradcheck"] = _gradcheck_together(rank)
     out["detached"] = dist.gather(x).requires_grad
+    if rank == 0:  # the other one does not take part
+        with dist.alone():
+            mine = torch.arange(3.0)
+            out["alone"] = [dist.rank(), dist.world_size(), dist.gather(mine), dist.all_reduce_sum(mine)]
+    out["together again"] = [dist.rank(), dist.world_size(), dist.gather(torch.tensor([rank]))]
     return out
 
 
@@ -139,6 +144,10 @@ def test_collectives_on_two_processes():
     for rank, out in enumerate(results):
         for m in range(3):
             assert torch.equal(out["slices"][m], rows[m::3][rank::WORLD])
+    assert results[0]["alone"][:2] == [0, 1]
+    assert all(torch.equal(x, torch.arange(3.0)) for x in results[0]["alone"][2:])
+    assert [out["together again"][:2] for out in results] == [[0, 2], [1, 2]]
+    assert all(out["together again"][2].tolist() == [0, 1] for out in results)
     both = torch.cat([torch.arange(6).view(3, 2), torch.arange(6).view(3, 2) + 10])
     weight = torch.arange(12, dtype=torch.float64).view(6, 2)
     for rank, out in enumerate(results):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 
 import pytest
@@ -9,13 +10,21 @@ import yaml
 
 from pipelines.errors import ConfigError
 from relssl.config import load_recipe, recipe_from
+from relssl.evaluate import Portion, evaluate_finetune, evaluate_linear, open_weights
 from relssl.runfolder import RunFolder
 from relssl.train import train
 from tests.relssl import tiny
 from tests.relssl.test_distributed_training import ENVIRONMENT, ROOT, TORCHRUN
 from tests.relssl.test_train import assert_equal_states, final_state, losses
 
-EVERYTHING = "eval.online={every_epochs: 1, evaluators: [knn, linear, retrieval, label_free]}"
+NAMES = ["knn", "linear", "retrieval", "probe", "fewlabel", "finetune", "label_free"]
+QUICK = "probe: {options: {epochs: 1, least_updates: 4, lr: [0.1, 1.0], weight_decay: [0.0]}}"
+FEW = "fewlabel: {options: {labels: [2, 4], percent: 50, seeds: [0, 1]}}"
+TUNED = "finetune: {options: {protocol: plain, epochs: 1, batch_size: 16, percent: 50}}"
+EVERYTHING = (
+    "eval.online={every_epochs: 1, evaluators: "
+    f"{{knn: {{}}, linear: {{}}, retrieval: {{}}, {QUICK}, {FEW}, {TUNED}, label_free: {{}}}}}}"
+)
 
 
 def run(folder, name, *overrides, **options):
@@ -35,7 +44,7 @@ def test_evaluating_changes_no_bit_of_what_is_trained(folder):
     assert run(folder, "without", short, "eval.online=null") == []
     records = run(folder, "with", short, EVERYTHING)
     assert [(r["epoch"], r["evaluator"]) for r in records] == [
-        (epoch, name) for epoch in (1, 2) for name in ("knn", "linear", "retrieval", "rankme")
+        (epoch, name) for epoch in (1, 2) for name in [*NAMES[:-1], "rankme"]
     ]
     assert_equal_states(final_state(folder / "without"), final_state(folder / "with"))
     assert losses(folder / "without") == losses(folder / "with")
@@ -51,6 +60,13 @@ def test_what_each_evaluator_says(folder):
     assert 0 < retrieval["recall_at_1"] <= retrieval["recall_at_5"] <= retrieval["recall_at_10"] <= 100
     assert 40 < retrieval["map"] <= 100
     assert records["rankme"]["rankme"] >= 1
+    assert records["probe"]["top1"] > 80
+    assert records["probe"]["check_top1"] > 80
+    few = {key: value for key, value in records["fewlabel"].items() if key.startswith("top1_at")}
+    assert list(few) == ["top1_at_2", "top1_at_4", "top1_at_50_percent"]
+    assert all(value > 50 for value in few.values())
+    assert (records["finetune"]["num_train"], records["finetune"]["protocol"]) == (24, "plain (changed)")
+    assert records["finetune"]["top1"] >= 50
     assert "linear  top1" in (folder / "run" / "log.txt").read_text()
 
 
@@ -67,6 +83,23 @@ def test_each_has_its_own_pace_and_options(folder):
     assert {r["k"] for r in records if r["evaluator"] == "knn"} == {3}
     assert {r["num_train"] for r in records} == {20}
     assert "rankme" in records[0]
+
+
+def test_what_needs_the_images_measures_as_its_command_does(folder):
+    linear = {"protocol": "ressl_small", "epochs": 1}
+    finetune = {"protocol": "plain", "epochs": 1, "batch_size": 16}
+    few = {"percent": 50, "draw": 1}
+    evaluators = {"linear": {"options": linear}, "finetune": {"options": {**finetune, **few}}}
+    records = run(folder, "run", "train.epochs=1", f"eval.online={{evaluators: {json.dumps(evaluators)}}}")
+    weights = open_weights(folder / "run")
+    protocol = {"protocol": linear.pop("protocol"), "options": linear, "seeds": [0]}
+    by_command = [evaluate_linear(weights, **protocol, device="cpu")]
+    protocol = {"protocol": finetune.pop("protocol"), "options": finetune, "seeds": [0]}
+    by_command.append(evaluate_finetune(weights, **protocol, portion=Portion(50, None, 1), device="cpu"))
+    assert [(r["evaluator"], r["top1"], r["num_train"], r["num_test"]) for r in records] == [
+        (e["evaluator"], e["top1"]["mean"], e["num_train"], e["num_test"]) for e in by_command
+    ]
+    assert [r["num_train"] for r in records] == [48, 24]
 
 
 def test_one_that_cannot_measure_does_not_silence_the_others(folder):
@@ -99,6 +132,17 @@ def test_a_resumed_run_evaluates_as_one_that_was_not_interrupted(folder):
         ("{evaluators: {linear: {options: {lrr: 3}}}}", "unknown setting of a linear protocol: 'lrr'"),
         ("{evaluators: {label_free: {options: {k: 3}}}}", "unknown option of eval.online.evaluators.label_free: 'k'"),
         ("{every_epochs: 0}", "eval.online.every_epochs"),
+        ("{evaluators: {knn: {options: {k: [3, 4]}}}}", r"knn.k takes whole numbers from 1, got \[3, 4\]"),
+        ("{evaluators: {knn: {options: {temperature: 0}}}}", "knn.temperature is a number above 0, got 0"),
+        ("{evaluators: {retrieval: {options: {k: [0]}}}}", "retrieval.k takes whole numbers from 1, got 0"),
+        ("{evaluators: {probe: {options: {lrr: [1]}}}}", "unknown setting of the fast probe: 'lrr'"),
+        ("{evaluators: {probe: {options: {layer: [layer1]}}}}", "probe.layer: .* --follow RUN --grid layer"),
+        ("{evaluators: {fewlabel: {options: {label: 3}}}}", "did you mean 'labels'"),
+        ("{evaluators: {fewlabel: {options: {percent: 0}}}}", "fewlabel.percent is above 0 and at most 100, got 0"),
+        ("{evaluators: {fewlabel: {options: {seeds: []}}}}", "at least one seed"),
+        ("{evaluators: {finetune: {options: {protocol: plane}}}}", "fine-tuning protocol: 'plane'"),
+        ("{evaluators: {finetune: {options: {percent: 101}}}}", "finetune.percent is above 0 and at most 100"),
+        ("{evaluators: {linear: {options: {draw: 1}}}}", "linear.draw: 1 is one of the draws of percent"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_the_run(folder, online, message):
@@ -109,7 +153,9 @@ def test_what_cannot_be_evaluated_is_refused_before_the_run(folder, online, mess
 def test_a_list_of_names_stands_for_their_defaults_and_survives_saving(folder):
     recipe = load_recipe(folder / "tiny.yaml", [EVERYTHING])
     assert recipe == recipe_from(yaml.safe_load(recipe.to_yaml()), "again")
-    assert list(recipe.eval.online.evaluators.chosen()) == ["knn", "linear", "retrieval", "label_free"]
+    assert list(recipe.eval.online.evaluators.chosen()) == NAMES
+    named = load_recipe(folder / "tiny.yaml", [f"eval.online.evaluators={NAMES}"])
+    assert list(named.eval.online.evaluators.chosen()) == NAMES
     assert list(load_recipe(folder / "tiny.yaml").eval.online.evaluators.chosen()) == ["knn"]
 
 
@@ -121,6 +167,6 @@ def test_two_processes_evaluate_as_one(folder):
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     two = [record for record in RunFolder(folder / "two").read_metrics() if record["kind"] == "eval"]
-    assert len(one) == len(two) == 4
+    assert len(one) == len(two) == 7
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, abs=1e-6)
