@@ -148,8 +148,9 @@ def balanced_rows(
         int64, increasing.
 
     Raises:
-        ConfigError: not one of both, a negative seed, not a percentage, or so few images that a class would be without.
-        InputError: images without labels, or a class with fewer images than its share.
+        ConfigError: not one of both, a negative seed, not a percentage, so few images that a class would be without, or
+            a class with fewer than `per_class`.
+        InputError: images without labels, or a class with fewer images than its share of `percent`.
     """
     if (per_class is None) == (percent is None):
         raise ConfigError("a draw of labels needs either a number for each class or a percentage")
@@ -170,7 +171,7 @@ def balanced_rows(
         least = int(np.argmin(counts))
         name = classes[present[least]] if classes else str(present[least])
         if percent is None:
-            raise InputError(
+            raise ConfigError(
                 f"{per_class} labels of each class were asked for, but class {name} has {counts[least]} images: take "
                 f"at most {counts[least]}"
             )

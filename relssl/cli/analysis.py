@@ -2,126 +2,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from pipelines.errors import ConfigError
-from relssl.cli.base import Device, command_line, numbers, set_up_log, whole_numbers
-from relssl.cli.evaluation import score_text
+from relssl.cli.base import Device, command_line, numbers, whole_numbers
+from relssl.cli.evaluation import (
+    Draw,
+    Follow,
+    Like,
+    Percent,
+    RandomInit,
+    Setting,
+    SubsetList,
+    Test,
+    Train,
+    WeightsOption,
+    run_evaluation,
+    score_text,
+    settings_of,
+)
 
 
 def eval_probe(
-    weights: Annotated[Path, typer.Option(help="run folder or backbone.safetensors")],
-    train: Annotated[Path | None, typer.Option(help="labelled .beton; the run's own by default")] = None,
-    test: Annotated[Path | None, typer.Option(help="labelled .beton; the run's own by default")] = None,
+    weights: WeightsOption = None,
+    train: Train = None,
+    test: Test = None,
     grid: Annotated[
         list[str] | None,
         typer.Option(help="lr=..., weight_decay=... or layer=..., values with commas between them, as often as wanted"),
     ] = None,
-    setting: Annotated[list[str] | None, typer.Option(help="key=value of the probe, as often as wanted")] = None,
+    setting: Setting = None,
     seeds: Annotated[str, typer.Option(help="seeds of the probe, e.g. 0,1,2")] = "0",
-    random_init: Annotated[bool, typer.Option("--random-init", help="the weights that the run started from")] = False,
+    percent: Percent = None,
+    subset: SubsetList = None,
+    draw: Draw = 0,
+    recipe: Like = None,
+    random_init: RandomInit = False,
+    follow: Follow = None,
     device: Device = "auto",
 ) -> None:
     """Many linear heads at once, picked on held-out training images, tested once: seconds."""
-    set_up_log()
-    from relssl.config import apply_override
-    from relssl.evaluate import evaluate_probe, open_weights
-
-    options: dict[str, Any] = {}
-    for text in setting or []:
-        apply_override(options, text)
+    options, chosen_seeds = settings_of(setting), whole_numbers(seeds, "--seeds")
     for text in grid or []:
         key, separator, values = text.partition("=")
         if not separator or not values:
             raise ConfigError(f"--grid takes lr=0.1,0.3 or weight_decay=... or layer=layer3,features; got {text!r}")
         options[key.strip()] = [value.strip() for value in values.split(",")]
-    chosen = open_weights(weights, random_init=random_init)
-    entry = evaluate_probe(
-        chosen,
-        train,
-        test,
-        options=options,
-        seeds=whole_numbers(seeds, "--seeds"),
-        device=device,
-        command=command_line(),
-    )
-    _show(entry, chosen.folder, _probe_lines(entry))
+
+    def evaluate(chosen: Any) -> list[dict[str, Any]]:
+        from relssl.evaluate import Portion, evaluate_probe
+
+        portion = Portion(percent, subset, draw)
+        given: dict[str, Any] = {"options": options, "seeds": chosen_seeds, "portion": portion}
+        return [evaluate_probe(chosen, train, test, **given, device=device, command=command_line())]
+
+    run_evaluation("probe", evaluate, weights, follow, recipe, random_init=random_init, details=_probe_lines)
 
 
 def eval_fewlabel(
-    weights: Annotated[Path, typer.Option(help="run folder or backbone.safetensors")],
-    train: Annotated[Path | None, typer.Option(help="labelled .beton; the run's own by default")] = None,
-    test: Annotated[Path | None, typer.Option(help="labelled .beton; the run's own by default")] = None,
+    weights: WeightsOption = None,
+    train: Train = None,
+    test: Test = None,
     labels: Annotated[str | None, typer.Option(help="labels of each class, e.g. 1,10,100")] = None,
-    percent: Annotated[str | None, typer.Option(help="percent of each class, e.g. 1,10")] = None,
+    percent: Annotated[
+        str | None, typer.Option(help="percent of the images, equally many of each class, e.g. 1,10")
+    ] = None,
     seeds: Annotated[str, typer.Option(help="a draw of labels for each")] = "0,1,2,3,4",
-    random_init: Annotated[bool, typer.Option("--random-init", help="the weights that the run started from")] = False,
+    subset: Annotated[Path | None, typer.Option(help="draw from the images that this list names, one per line")] = None,
+    recipe: Like = None,
+    random_init: RandomInit = False,
+    follow: Follow = None,
     device: Device = "auto",
 ) -> None:
     """Accuracy against the number of labels: logistic regression on class-balanced draws."""
-    set_up_log()
-    from relssl.evaluate import evaluate_few_labels, open_weights
-    from relssl.evaluators.few_labels import Amount
+    chosen_seeds = whole_numbers(seeds, "--seeds")
+    numbers_of_labels = whole_numbers(labels, "--labels") if labels else []
+    percentages = numbers(percent, "--percent") if percent else []
 
-    amounts = [Amount(per_class=k) for k in whole_numbers(labels, "--labels")] if labels else []
-    amounts += [Amount(percent=p) for p in numbers(percent, "--percent")] if percent else []
-    chosen = open_weights(weights, random_init=random_init)
-    entry = evaluate_few_labels(
-        chosen,
-        train,
-        test,
-        amounts=amounts or None,
-        seeds=whole_numbers(seeds, "--seeds"),
-        device=device,
-        command=command_line(),
-    )
-    _show(entry, chosen.folder, _curve_lines(entry))
+    def evaluate(chosen: Any) -> list[dict[str, Any]]:
+        from relssl.evaluate import Portion, evaluate_few_labels
+        from relssl.evaluators.few_labels import Amount
+
+        amounts = [*(Amount(per_class=k) for k in numbers_of_labels), *(Amount(percent=p) for p in percentages)]
+        given: dict[str, Any] = {"amounts": amounts or None, "seeds": chosen_seeds, "portion": Portion(listing=subset)}
+        return [evaluate_few_labels(chosen, train, test, **given, device=device, command=command_line())]
+
+    run_evaluation("fewlabel", evaluate, weights, follow, recipe, random_init=random_init, details=_curve_lines)
 
 
 def eval_analyse(
-    weights: Annotated[Path, typer.Option(help="run folder or backbone.safetensors")],
+    weights: WeightsOption = None,
     train: Annotated[Path | None, typer.Option(help=".beton, labelled or not; the run's own by default")] = None,
     test: Annotated[Path | None, typer.Option(help=".beton, labelled or not; the run's own by default")] = None,
     map: Annotated[str, typer.Option(help="umap, tsne, none, or auto: UMAP where it is installed")] = "auto",
     map_images: Annotated[int, typer.Option(help="images on the map, at most")] = 2000,
     seed: Annotated[int, typer.Option(help="of the map and the probe", min=0)] = 0,
     few_labels: Annotated[bool, typer.Option(help="the few-label curve too")] = True,
-    random_init: Annotated[bool, typer.Option("--random-init", help="the weights that the run started from")] = False,
+    recipe: Like = None,
+    random_init: RandomInit = False,
+    follow: Follow = None,
     device: Device = "auto",
 ) -> None:
     """Everything for the report: few labels, confusions, a map, neighbours, RankMe, uniformity, alignment."""
-    set_up_log()
-    from relssl.evaluate import analyse, open_weights
-    from relssl.evaluate.few_labels import SEEDS
 
-    chosen = open_weights(weights, random_init=random_init)
-    entry = analyse(
-        chosen,
-        train,
-        test,
-        map_kind=None if map == "none" else map,  # type: ignore[arg-type]  # an unknown one is refused by name
-        map_images=map_images,
-        seed=seed,
-        label_seeds=SEEDS if few_labels else (),
-        device=device,
-        command=command_line(),
-    )
-    _show(entry, chosen.folder, _analysis_lines(entry))
+    def evaluate(chosen: Any) -> list[dict[str, Any]]:
+        from relssl.evaluate import analyse
+        from relssl.evaluate.few_labels import SEEDS
 
+        entry = analyse(
+            chosen,
+            train,
+            test,
+            map_kind=None if map == "none" else map,  # type: ignore[arg-type]  # an unknown one is refused by name
+            map_images=map_images,
+            seed=seed,
+            label_seeds=SEEDS if few_labels else (),
+            device=device,
+            command=command_line(),
+        )
+        return [entry]
 
-def _show(entry: dict[str, Any], folder: Path, more: Sequence[str]) -> None:
-    """Print an entry of results.json, what else there is to say, and where it all is."""
-    num_test = "no" if entry["num_test"] is None else entry["num_test"]
-    images = f"{entry['num_train']} train and {num_test} test images"
-    line = f"{entry['evaluator']}, {entry['weights']} {entry['backbone']}, {images}"
-    if entry["top1"] is not None:
-        line += f": top-1 {score_text(entry['top1'])}, top-5 {score_text(entry['top5'])}"
-    for text in (line, *more, f"results: {folder / 'results.json'}", f"next: relssl report {folder}"):
-        typer.echo(text)
+    run_evaluation("analysis", evaluate, weights, follow, recipe, random_init=random_init, details=_analysis_lines)
 
 
 def _probe_lines(entry: dict[str, Any]) -> list[str]:

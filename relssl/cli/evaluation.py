@@ -60,7 +60,7 @@ def eval_knn(
         options: dict[str, Any] = {"protocol": protocol, "k": ks, "temperature": temperature}
         return evaluate_knn(chosen, train, test, **options, portion=portion, device=device, command=command_line())
 
-    _evaluate(evaluate, weights, follow, recipe, random_init=random_init)
+    run_evaluation("knn", evaluate, weights, follow, recipe, random_init=random_init)
 
 
 @eval_app.command("linear")
@@ -83,7 +83,7 @@ def eval_linear(
     device: Device = "auto",
 ) -> None:
     """Linear evaluation on frozen features, by the method's own protocol unless told otherwise."""
-    options, chosen_seeds = _settings(setting), _seeds(seeds)
+    options, chosen_seeds = settings_of(setting), seeds_of(seeds)
     if head:
         given: dict[str, Any] = {"--train": train, "--protocol": protocol, "--setting": setting, "--seeds": seeds}
         given |= {"--percent": percent, "--subset": subset, "--follow": follow}
@@ -108,7 +108,7 @@ def eval_linear(
         )
         return [entry]
 
-    _evaluate(evaluate, weights, follow, recipe, random_init=random_init)
+    run_evaluation("linear", evaluate, weights, follow, recipe, random_init=random_init)
 
 
 @eval_app.command("finetune")
@@ -128,7 +128,7 @@ def eval_finetune(
     device: Device = "auto",
 ) -> None:
     """Train backbone and linear head on labelled images: all, 1 %, 10 %, or a published list."""
-    options, chosen_seeds = _settings(setting), _seeds(seeds)
+    options, chosen_seeds = settings_of(setting), seeds_of(seeds)
 
     def evaluate(chosen: Any) -> list[dict[str, Any]]:
         from relssl.evaluate import Portion, evaluate_finetune
@@ -146,7 +146,7 @@ def eval_finetune(
         )
         return [entry]
 
-    _evaluate(evaluate, weights, follow, recipe, random_init=random_init)
+    run_evaluation("finetune", evaluate, weights, follow, recipe, random_init=random_init)
 
 
 @eval_app.command("retrieval")
@@ -186,10 +186,10 @@ def eval_retrieval(
         )
         return [entry]
 
-    _evaluate(evaluate, weights, follow, recipe, random_init=random_init)
+    run_evaluation("retrieval", evaluate, weights, follow, recipe, random_init=random_init)
 
 
-def _settings(given: list[str] | None) -> dict[str, Any]:
+def settings_of(given: list[str] | None) -> dict[str, Any]:
     from relssl.config import apply_override
 
     options: dict[str, Any] = {}
@@ -198,19 +198,27 @@ def _settings(given: list[str] | None) -> dict[str, Any]:
     return options
 
 
-def _seeds(given: str | None) -> list[int] | None:
+def seeds_of(given: str | None) -> list[int] | None:
     return None if given is None else whole_numbers(given, "--seeds")
 
 
-def _evaluate(
+def run_evaluation(
+    evaluator: str,
     evaluate: Callable[[Any], list[dict[str, Any]]],
     weights: Path | None,
     follow: Path | None,
     recipe: str | None,
     *,
     random_init: bool,
+    details: Callable[[dict[str, Any]], Sequence[str]] = lambda entry: (),
 ) -> None:
-    """Evaluate what was asked for, and say what came of it. `evaluate` takes `Weights` and returns entries."""
+    """Evaluate what was asked for, and say what came of it.
+
+    Args:
+        evaluator: as its entries in results.json call it.
+        evaluate: takes `Weights` and returns entries.
+        details: lines of an entry beyond its scores.
+    """
     if (weights is None) == (follow is None):
         raise ConfigError("give either --weights RUN, or --follow RUN to evaluate a run's checkpoints as they come")
     if follow is not None and random_init:
@@ -222,25 +230,27 @@ def _evaluate(
     def entries_of(chosen: Any) -> list[dict[str, Any]]:
         return evaluate(chosen if other is None else evaluated_as(chosen, other))
 
+    def say(entries: Sequence[dict[str, Any]]) -> None:
+        typer.echo("\n".join([_found(entries), *(line for entry in entries for line in details(entry))]))
+
     try:
         if follow is not None:
-            count = follow_run(follow, lambda chosen: typer.echo(_found(entries_of(chosen))), command=command_line())
+            count = follow_run(
+                follow, lambda chosen: say(entries_of(chosen)), evaluator=evaluator, command=command_line()
+            )
             typer.echo(f"{count} checkpoints evaluated")
             _say_where(follow)
             return
         assert weights is not None
         chosen = open_weights(weights, random_init=random_init)
-        show(entries_of(chosen), chosen.folder)
+        entries = entries_of(chosen)
+        say(entries)
+        typer.echo(_data(entries[0]))
+        _say_where(chosen.folder)
     except KeyboardInterrupt:
         left = "" if follow is None else "; the same command goes on with the checkpoints that are left"
         typer.echo(f"relssl: interrupted; what was written before is kept{left}", err=True)
         raise typer.Exit(130) from None
-
-
-def show(entries: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Print entries of results.json, the data behind them, and where it all is."""
-    typer.echo(f"{_found(entries)}\n{_data(entries[0])}")
-    _say_where(folder)
 
 
 def _say_where(folder: Path) -> None:
@@ -251,15 +261,20 @@ def _found(entries: Sequence[dict[str, Any]]) -> str:
     """What was found: in one line, or a line for each of several protocols on the same images."""
     first = entries[0]
     train = "" if first["num_train"] is None else f"{first['num_train']} train and "
+    test = "no" if first["num_test"] is None else first["num_test"]
     checkpoint = "" if first["update"] is None else f" at update {first['update']}"
     what = f"{first['evaluator']}, {first['weights']} {first['backbone']}{checkpoint}"
-    what += f", {train}{first['num_test']} test images"
+    what += f", {train}{test} test images"
     if len(entries) == 1:
-        return f"{what}: {_scores(first)} ({first['protocol']['name']})"
+        scores = _scores(first)
+        return f"{what}: {scores} ({first['protocol']['name']})" if scores else what
     return "\n".join([what, *(f"  {entry['protocol']['name']}: {_scores(entry)}" for entry in entries)])
 
 
 def _scores(entry: dict[str, Any]) -> str:
+    """Empty where an evaluation has none of its own, such as a curve."""
+    if entry["top1"] is None and not entry.get("scores"):
+        return ""
     scores = entry.get("scores") or {"top-1": entry["top1"], "top-5": entry["top5"]}
     return ", ".join(f"{name} {score_text(score)}" for name, score in scores.items())
 
@@ -275,7 +290,9 @@ def score_text(score: dict[str, Any] | None) -> str:
 def _data(entry: dict[str, Any]) -> str:
     """Which data was used for what: it need not be the same."""
     subset = "" if entry["subset"] is None else f" ({entry['subset']})"
-    use = {"knn": "neighbours from", "retrieval": "gallery"}.get(entry["evaluator"], "trained on")
+    use = {"knn": "neighbours from", "retrieval": "gallery", "analysis": "features of"}.get(
+        entry["evaluator"], "trained on"
+    )
     trained = "" if entry["train"] is None else f"; {use} {entry['train']}{subset}"
     picture = "" if entry.get("picture") is None else f"\npicture: {entry['picture']}"
     before = "random weights" if entry["pretrained_on"] is None else f"pre-trained on {entry['pretrained_on']}"

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from relssl.evaluate.task import Task
+import torch
+
+from pipelines.subset import balanced_rows
+from relssl.evaluate.task import ALL, Portion, Task
 from relssl.evaluate.weights import Weights
 from relssl.evaluators.few_labels import STRENGTH, Amount, few_label_curve, usual_amounts
 
@@ -23,6 +26,7 @@ def evaluate_few_labels(
     *,
     amounts: Sequence[Amount] | None = None,
     seeds: Sequence[int] = SEEDS,
+    portion: Portion = ALL,
     device: str = "auto",
     command: str = "",
 ) -> dict[str, Any]:
@@ -30,14 +34,19 @@ def evaluate_few_labels(
 
     Args:
         amounts: how many labels; 1, 2, 5, 10, ... of each class and all when None.
-        seeds: a draw of labels for each.
+        seeds: a draw of labels for each: that of `Portion` with the same seed.
+        portion: the training images to draw from.
     """
-    with Task(weights, train, test, device) as task:
+    with Task(weights, train, test, device, portion=portion) as task:
         return few_labels_of(task, amounts, seeds, command)
 
 
 def few_labels_of(task: Task, amounts: Sequence[Amount] | None, seeds: Sequence[int], command: str) -> dict[str, Any]:
     """See `evaluate_few_labels`."""
+    labels, classes = task.sets["train"].labels, task.sets["train"].classes
+    amounts = usual_amounts(torch.from_numpy(labels)) if amounts is None else amounts
+    for amount in amounts:  # what would be refused later, before the features are computed
+        balanced_rows(labels, 0, **vars(amount), classes=classes)
     (train_x, train_y), (test_x, test_y) = task.features("train"), task.features("test")
     curve = few_label_curve(
         train_x,
@@ -45,9 +54,9 @@ def few_labels_of(task: Task, amounts: Sequence[Amount] | None, seeds: Sequence[
         test_x,
         test_y,
         num_classes=task.num_classes,
-        amounts=usual_amounts(train_y) if amounts is None else amounts,
+        amounts=amounts,
         seeds=seeds,
-        classes=task.sets["train"].classes,
+        classes=classes,
         device=task.device,
         progress=lambda line: log.info("few labels: %s", line),
     )

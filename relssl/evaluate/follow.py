@@ -21,17 +21,22 @@ _SECONDS_BETWEEN_LOOKS = 5.0
 
 
 def follow_run(
-    run: Path, evaluate: Callable[[Weights], Any], *, command: str, seconds: float = _SECONDS_BETWEEN_LOOKS
+    run: Path,
+    evaluate: Callable[[Weights], Any],
+    *,
+    evaluator: str,
+    command: str,
+    seconds: float = _SECONDS_BETWEEN_LOOKS,
 ) -> int:
     """Evaluate each checkpoint of a run once, oldest first, until the run has ended and none is left.
 
     A checkpoint that the run deletes while it is being read is let go. The same `command` goes on where an earlier one
-    stopped: a checkpoint with an entry of that command in results.json is not evaluated again.
+    stopped: a checkpoint with such an entry in results.json is not evaluated again.
 
     Args:
         run: the folder of a run.
         evaluate: writes into results.json what the weights are worth.
-        command: of the entries.
+        evaluator, command: of the entries that it writes, or of the last of them.
         seconds: between looks for new checkpoints.
 
     Returns:
@@ -43,7 +48,8 @@ def follow_run(
     """
     folder = RunFolder(run)
     folder.recipe()
-    done = {e.get("update") for e in read_results(run) if e.get("command") == command}
+    wanted = (evaluator, command)
+    done = {e.get("update") for e in read_results(run) if (e.get("evaluator"), e.get("command")) == wanted}
     if done:
         log.info("%d checkpoints were evaluated by this command before", len(done))
     count, waiting, passed_over = 0, False, set[Path]()

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from relssl.evaluate.layers import Layers
-from relssl.evaluate.task import Task
+from relssl.evaluate.task import ALL, Portion, Task
 from relssl.evaluate.weights import Weights
 from relssl.evaluators.features import summarise
 from relssl.evaluators.probe import FEATURES, ProbeResult, fast_probe, probe_protocol
@@ -27,6 +27,7 @@ def evaluate_probe(
     *,
     options: Mapping[str, Any] | None = None,
     seeds: Sequence[int] = (0,),
+    portion: Portion = ALL,
     device: str = "auto",
     command: str = "",
 ) -> dict[str, Any]:
@@ -35,9 +36,10 @@ def evaluate_probe(
     Args:
         options: settings of the protocol that differ, its grid among them.
         seeds: each draws a held-out part of its own.
+        portion: which training images have labels.
     """
     protocol = probe_protocol(**(options or {}))
-    with Task(weights, train, test, device) as task:
+    with Task(weights, train, test, device, portion=portion) as task:
         start = perf_counter()
         (train_x, train_y), (test_x, test_y) = (
             layer_features(task, name, protocol.layer) for name in ("train", "test")

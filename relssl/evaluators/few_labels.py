@@ -77,8 +77,8 @@ def few_label_curve(
         first.
 
     Raises:
-        ConfigError: no amounts or seeds, or an amount that leaves a class without a label.
-        InputError: NaN features, labels missing, one class only, or more labels of a class than there are.
+        ConfigError: no amounts or seeds, or one that `balanced_rows` refuses.
+        InputError: NaN features, labels missing, one class only, or images that `balanced_rows` refuses.
     """
     if not amounts or not seeds:
         raise ConfigError("a few-label curve needs at least one amount of labels and one seed")

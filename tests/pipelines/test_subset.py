@@ -178,7 +178,7 @@ def test_draws_that_cannot_be(amount, seed, message):
 
 
 def test_more_labels_than_a_class_has_are_refused_by_its_name():
-    with pytest.raises(InputError, match=r"2 labels of each class .* class rare has 1 images: take at most 1"):
+    with pytest.raises(ConfigError, match=r"2 labels of each class .* class rare has 1 images: take at most 1"):
         balanced_rows(np.array([0, 0, 0, 1]), 0, per_class=2, classes=["common", "rare"])
 
 

@@ -10,12 +10,16 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from pipelines import beton
 from relssl.cli import run as relssl_run
 from relssl.config import load_recipe
+from relssl.evaluate import Portion
+from relssl.evaluators.heads import logistic_regression
 from relssl.evaluators.probe import ProbeProtocol
 from relssl.pictures import neighbour_sheet
 from relssl.report import write_report
@@ -74,6 +78,65 @@ def test_the_probe_as_a_command(capsys, run):
     assert "picked on 20 % of the training images, held out (seed 0: lr 0." in page
 
 
+def test_the_probe_takes_a_share_of_the_labels_and_another_recipe(capsys, run, tmp_path):
+    other = tiny.recipe(tmp_path, eval__view={"size": 8, "box": "whole"})
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    few = ["--percent", "50", "--draw", "1", "--recipe", tmp_path / "other.yaml"]
+    code, text = relssl(capsys, "eval", "probe", "--weights", run, *QUICK, *few)
+    assert code == 0, text
+    assert "probe, pretrained conv4, 24 train and 48 test images: top-1 " in text
+    assert "trained on train.beton (50 %, draw 1); tested on test.beton" in text
+    (entry,) = read_results(run)
+    assert (entry["subset"], entry["num_train"], entry["view"]["size"]) == ("50 %, draw 1", 24, 8)
+
+
+def test_few_labels_are_those_of_the_same_share(capsys, run, trained, monkeypatch):
+    """`fewlabel --percent P --seeds S` trains on the images of `--percent P --draw S`."""
+    drawn = []
+    monkeypatch.setattr(
+        "relssl.evaluators.few_labels.logistic_regression",
+        lambda rows, index, *rest: drawn.append(index.tolist()) or logistic_regression(rows, index, *rest),
+    )
+    code, text = relssl(capsys, "eval", "fewlabel", "--weights", run, "--percent", "25", "--seeds", "0,3")
+    assert code == 0, text
+    with beton.open(trained / "train.beton") as files:
+        assert drawn == [Portion(25, None, seed).of(files).ids.tolist() for seed in (0, 3)]
+
+
+def test_few_labels_can_be_drawn_from_a_list(capsys, run, trained, tmp_path):
+    names = [f"{i}.png" for i in range(tiny.COUNT)]
+    with beton.open(trained / "train.beton") as files:
+        samples = [(files.decode(i), int(files.labels[i])) for i in range(len(files))]
+    beton.write(tmp_path / "named.beton", samples, classes=tiny.CLASSES, names=names)
+    (tmp_path / "list.txt").write_text("\n".join(names[:20]))
+    given = ["--train", tmp_path / "named.beton", "--subset", tmp_path / "list.txt", "--labels", "1", "--seeds", "0"]
+    code, text = relssl(capsys, "eval", "fewlabel", "--weights", run, *given)
+    assert code == 0, text
+    assert "20 train and 48 test images" in text
+    (entry,) = read_results(run)
+    assert (entry["subset"], entry["num_train"]) == ("list.txt", 20)
+
+
+@pytest.mark.parametrize("evaluator", ["probe", "fewlabel", "analysis"])
+def test_checkpoints_can_be_followed(capsys, run, evaluator, quick):
+    options = {"probe": QUICK, "fewlabel": ["--labels", "1"], "analysis": ["--map", "none"]}[evaluator]
+    command = "analyse" if evaluator == "analysis" else evaluator
+    code, text = relssl(capsys, "eval", command, "--follow", run, *options)
+    assert code == 0, text
+    assert "3 checkpoints evaluated" in text
+    assert "pretrained conv4 at update 8, 48 train and 48 test images" in text
+    followed = [e["update"] for e in read_results(run) if e["evaluator"] == evaluator]
+    assert followed == [6, 8, 9]
+    if evaluator == "analysis":
+        results = json.loads((run / "results.json").read_text())
+        results["results"] = [e for e in results["results"] if (e["evaluator"], e["update"]) != ("analysis", 8)]
+        (run / "results.json").write_text(json.dumps(results))
+        again = relssl(capsys, "eval", command, "--follow", run, *options)[1]
+        assert "1 checkpoints evaluated" in again  # its few-label curve alone does not make it done
+    code, text = relssl(capsys, "eval", command, "--follow", run, *options)
+    assert (code, "0 checkpoints evaluated" in text) == (0, True)
+
+
 def test_the_probe_of_several_layers(capsys, run):
     grid = [*QUICK, "--grid", "layer=layer1,layer4,features", "--setting", "refit=false"]
     code, text = relssl(capsys, "eval", "probe", "--weights", run, *grid)
@@ -126,7 +189,7 @@ def test_few_labels_as_a_command(capsys, run):
     assert {"1 a class", "4 a class", "50 %", "100 %"} <= lines
     code, text = relssl(capsys, "eval", "fewlabel", "--weights", run, "--labels", "25")
     assert code == 2
-    assert "the smallest class has 24 images" in text
+    assert "class dark has 24 images: take at most 24" in text
     code, text = relssl(capsys, "eval", "fewlabel", "--weights", run, "--percent", "ten")
     assert code == 2
     assert "--percent takes numbers" in text

@@ -431,9 +431,9 @@ def knn_of(weights):
 
 
 def test_following_a_run_that_has_ended_goes_through_its_checkpoints_once(run):
-    assert follow_run(run, knn_of, command="follow") == 3
+    assert follow_run(run, knn_of, evaluator="knn", command="follow") == 3
     assert updates(run) == [1, 2, 3]
-    assert follow_run(run, knn_of, command="follow") == 0
+    assert follow_run(run, knn_of, evaluator="knn", command="follow") == 0
     page = write_report(run).read_text()
     assert "kNN top-1 of checkpoints" in page
     assert "weights of update 3" in page
@@ -446,9 +446,9 @@ def test_following_goes_on_where_it_stopped(run):
         return knn_of(weights)
 
     with pytest.raises(KeyboardInterrupt):
-        follow_run(run, interrupted, command="follow")
+        follow_run(run, interrupted, evaluator="knn", command="follow")
     assert updates(run) == [1]
-    assert follow_run(run, knn_of, command="follow") == 2
+    assert follow_run(run, knn_of, evaluator="knn", command="follow") == 2
     assert updates(run) == [1, 2, 3]
 
 
@@ -472,7 +472,7 @@ def test_following_waits_while_the_run_trains(run, tmp_path, monkeypatch):
 
     meanwhile = [lambda: None, appear, appear_and_end]
     monkeypatch.setattr(following.time, "sleep", lambda seconds: meanwhile.pop(0)())
-    assert follow_run(run, knn_of, command="follow") == 3
+    assert follow_run(run, knn_of, evaluator="knn", command="follow") == 3
     assert updates(run) == [1, 2, 3]
     assert not meanwhile
 
@@ -487,7 +487,7 @@ def test_a_checkpoint_deleted_while_it_is_read_is_let_go(run, monkeypatch, caplo
 
     monkeypatch.setattr(checkpoint, "load", deleted)
     with caplog.at_level("INFO", logger="relssl.evaluate"):
-        assert follow_run(run, knn_of, command="follow") == 2
+        assert follow_run(run, knn_of, evaluator="knn", command="follow") == 2
     assert updates(run) == [1, 3]
     assert "is gone: the run deleted it" in caplog.text
 
@@ -498,16 +498,16 @@ def test_a_damaged_checkpoint_is_passed_over_once(run, caplog):
     raw[-1] ^= 1
     path.write_bytes(raw)
     with caplog.at_level("INFO", logger="relssl.evaluate"):
-        assert follow_run(run, knn_of, command="follow") == 2
+        assert follow_run(run, knn_of, evaluator="knn", command="follow") == 2
     assert caplog.text.count("passing over a checkpoint") == 1
 
 
 def test_what_cannot_be_followed_is_named(run, tmp_path, capsys):
     with pytest.raises(InputError, match="not a run folder"):
-        follow_run(tmp_path, knn_of, command="follow")
+        follow_run(tmp_path, knn_of, evaluator="knn", command="follow")
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(ConfigError, match="is not in training and has no checkpoint"):
-        follow_run(run, knn_of, command="follow")
+        follow_run(run, knn_of, evaluator="knn", command="follow")
     assert command(["eval", "knn", "--weights", str(run), "--follow", str(run)]) == 2
     assert command(["eval", "knn"]) == 2
     assert command(["eval", "knn", "--follow", str(run), "--random-init"]) == 2

@@ -64,7 +64,7 @@ def test_usual_amounts_go_as_far_as_the_smallest_class():
     ("arguments", "error", "message"),
     [
         ({"amounts": []}, ConfigError, "at least one amount"),
-        ({"amounts": [Amount(per_class=51)]}, InputError, "class 0 has 50 images: take at most 50"),
+        ({"amounts": [Amount(per_class=51)]}, ConfigError, "class 0 has 50 images: take at most 50"),
         ({"amounts": [Amount(per_class=1)], "seeds": []}, ConfigError, "one seed"),
         ({"amounts": [Amount(per_class=1)], "train": (TRAIN[0], torch.full((200,), -1))}, InputError, "no label"),
         ({"amounts": [Amount(per_class=1)], "train": (TRAIN[0], 0 * TRAIN[1])}, InputError, "the same label"),
