@@ -43,6 +43,12 @@ DISPLAY = {
     "finetune": "fine-tuning",
     "retrieval": "retrieval",
 }
+ONLINE = {
+    "knn": "kNN accuracy",
+    "linear": "Linear accuracy",
+    "probe": "Fast probe's accuracy",
+    "finetune": "Accuracy after fine-tuning",
+}
 OWN_SECTIONS = ("analysis", "fewlabel")
 METHODS = {"ressl": "ReSSL", "wcl": "WCL", "relicv2": "ReLICv2", "resa": "ReSA", "simclr": "SimCLR"}
 PARTS = ("wait", "forward", "backward", "optimizer", "evaluate", "other")
@@ -437,20 +443,8 @@ def _charts(run: _Run) -> list[dict[str, Any]]:
     """Title, legend and picture of each curve that the run has."""
     wanted: list[tuple[str, list[Series]]] = [
         ("Loss", [Series("loss", _curve(run.train, "loss"))]),
-        (
-            "kNN accuracy while training, %",
-            [
-                Series("top-1", _curve(run.evals, "top1", "knn"), marked=True),
-                Series("top-5", _curve(run.evals, "top5", "knn"), marked=True),
-            ],
-        ),
-        (
-            "Linear probe while training, %",
-            [
-                Series("top-1", _curve(run.evals, "top1", "linear"), marked=True),
-                Series("top-5", _curve(run.evals, "top5", "linear"), marked=True),
-            ],
-        ),
+        *(_top1_and_top5(run, evaluator, title) for evaluator, title in ONLINE.items()),
+        ("Few labels while training, top-1, %", _few_labels_while_training(run)),
         (
             "Retrieval while training, %",
             [
@@ -487,6 +481,28 @@ def _charts(run: _Run) -> list[dict[str, Any]]:
                 }
             )
     return charts
+
+
+def _top1_and_top5(run: _Run, evaluator: str, title: str) -> tuple[str, list[Series]]:
+    series = [
+        Series(name, _curve(run.evals, key, evaluator), marked=True)
+        for name, key in (("top-1", "top1"), ("top-5", "top5"))
+    ]
+    return f"{title} while training, %", series
+
+
+def _few_labels_while_training(run: _Run) -> list[Series]:
+    """A curve for each amount of labels: `top1_at_10`, `top1_at_1_percent`."""
+    found = {key: None for record in run.evals if record.get("evaluator") == "fewlabel" for key in record}
+    amounts = {key: key.removeprefix("top1_at_") for key in found if key.startswith("top1_at_")}
+    return [
+        Series(
+            f"{amount.removesuffix('_percent')} %" if amount.endswith("_percent") else f"{amount} a class",
+            _curve(run.evals, key, "fewlabel"),
+            marked=True,
+        )
+        for key, amount in amounts.items()
+    ]
 
 
 def _by_checkpoint(run: _Run) -> list[tuple[str, list[Series]]]:

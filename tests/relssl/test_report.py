@@ -195,6 +195,31 @@ def test_a_whole_run_is_on_the_page(tmp_path):
     assert not list((tmp_path / "run").glob(".*"))
 
 
+def test_every_evaluator_that_ran_while_training_has_its_curve(tmp_path):
+    folder = fake_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        for epoch in (10, 20, 30):
+            for name, scores in (
+                ("linear", {"top1": 40.0}),
+                ("probe", {"top1": 41.0, "top5": 90.0}),
+                ("finetune", {"top1": 42.0}),
+                ("fewlabel", {"top1_at_1": 12.0, "top1_at_10_percent": 30.0}),
+            ):
+                file.write(
+                    json.dumps({"kind": "eval", "update": epoch, "epoch": epoch, "evaluator": name, **scores}) + "\n"
+                )
+    text = page_of(folder).text
+    for title in (
+        "Linear accuracy while training, %",
+        "Fast probe's accuracy while training, %",
+        "Accuracy after fine-tuning while training, %",
+        "Few labels while training, top-1, %",
+        "1 a class",
+        "10 %",
+    ):
+        assert title in text
+
+
 def test_time_is_shared_out_with_the_rest_of_the_wall_time_as_other(tmp_path):
     """8 updates of 256 images at 1024 images/s are 2.0 s a line, of which the parts account for 1.8 s."""
     page = page_of(fake_run(tmp_path))
