@@ -47,7 +47,7 @@ ONLINE = {
     "knn": "kNN accuracy",
     "linear": "Linear accuracy",
     "probe": "Fast probe's accuracy",
-    "finetune": "Accuracy after fine-tuning",
+    "finetune": "Fine-tuning accuracy",
 }
 OWN_SECTIONS = ("analysis", "fewlabel")
 METHODS = {"ressl": "ReSSL", "wcl": "WCL", "relicv2": "ReLICv2", "resa": "ReSA", "simclr": "SimCLR"}

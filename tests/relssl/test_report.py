@@ -212,7 +212,7 @@ def test_every_evaluator_that_ran_while_training_has_its_curve(tmp_path):
     for title in (
         "Linear accuracy while training, %",
         "Fast probe's accuracy while training, %",
-        "Accuracy after fine-tuning while training, %",
+        "Fine-tuning accuracy while training, %",
         "Few labels while training, top-1, %",
         "1 a class",
         "10 %",
