@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines.errors import InputError, RunError
-from relssl.evaluators.features import check_labels, full_precision
+from relssl.evaluators.features import check_labels
 from relssl.evaluators.linear import Crop, InitStd, Progress, initial_head, keyed_seed
 from relssl.evaluators.protocols import named_protocol
+from relssl.ops.precision import full_precision
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
