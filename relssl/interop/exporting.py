@@ -1,7 +1,8 @@
 """A backbone out to what others load: torchvision, timm, plain safetensors, ONNX.
 
 What is written is loaded again the way a user would, and has to give the same features before it gets its name: a file
-that exists is one that works. Its model card is written before, too, and gets its name first. A format that cannot hold a backbone refuses it by name.
+that exists is one that works, and its model card lies beside it. A format that cannot hold a backbone refuses it by
+name.
 """
 
 from __future__ import annotations

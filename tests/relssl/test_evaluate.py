@@ -384,7 +384,7 @@ def test_retrieval_is_an_entry_and_a_picture(run, trained):
     assert "retrieval R@3" in write_report(run).read_text()
     assert not list(run.glob("*writing*"))
     for sheet in (run / "sheet.txt", run / "nowhere" / "sheet.png"):
-        with pytest.raises(ConfigError, match=r"--sheet writes \.png, \.jpg, \.jpeg into a folder"):
+        with pytest.raises(ConfigError, match=r"a picture is written as \.png, \.jpg, \.jpeg into a folder"):
             evaluate_retrieval(open_weights(run), k=(1, 3), sheet=sheet)
     evaluate_retrieval(open_weights(run), k=(1, 3), within=True)
     page = write_report(run).read_text()
