@@ -313,10 +313,12 @@ def _of_imported(weights: Weights) -> dict[str, Any]:
     origin = weights.imported
     if origin is None:
         return {}
-    known = {key: origin.get(key) for key in ("file", "sha256", "source", "branch", "recipe", "recipe_is")}
-    unknown = (
-        ["train_seed"] if origin.get("recipe_is") != "assumed" else ["train_seed", "global_batch", "views_per_step"]
-    )
+    known = {key: origin.get(key) for key in ("file", "sha256", "source", "branch", "recipe", "recipe_is", "continued")}
+    unknown = ["train_seed"]
+    if origin.get("recipe_is") == "assumed":
+        unknown += ["global_batch", "views_per_step"]
+    if not origin.get("continued"):
+        unknown.append("pretrained_on")  # the recipe's data is what one would train on here
     return {"imported": known, **dict.fromkeys(unknown)}
 
 
