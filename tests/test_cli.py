@@ -248,7 +248,8 @@ def test_evaluating_without_labels(capsys, tmp_path):
     assert relssl(capsys, "train", recipe, "--out", tmp_path / "run")[0] == 0
     code, text = relssl(capsys, "eval", "linear", "--weights", tmp_path / "run")
     assert code == 3
-    assert "train.beton: 48 of 48 images have no label" in text
+    assert "train.beton: 48 of 48 images have no label (label -1), and this evaluation compares labels: every" in text
+    assert "`relssl eval analyse`" in text
 
 
 def test_a_damaged_weights_file_is_refused(capsys, tmp_path):

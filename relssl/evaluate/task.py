@@ -22,7 +22,7 @@ from pipelines.subset import Subset, balanced, listed
 from pipelines.views import ViewSpec
 from relssl.encode import encode, feature_loader, frozen_copy
 from relssl.evaluate.weights import Weights
-from relssl.evaluators.features import summarise
+from relssl.evaluators.features import no_label, summarise
 from relssl.evaluators.linear import Crop
 from relssl.runfolder import RunFolder, now
 
@@ -128,11 +128,7 @@ class Task:
             return
         for name, values in labels.items():
             if (values < 0).any():
-                raise InputError(
-                    f"{self.names[name]}: {int((values < 0).sum())} of {len(values)} images have no label, and this "
-                    "evaluation compares labels. Convert a labelled source (one folder per class), or use "
-                    "`relssl eval analyse`, which does without"
-                )
+                raise no_label(self.names[name], int((values < 0).sum()), len(values))
         if "train" in self.sets:
             self._check_classes(labels["train"], labels["test"])
         self.num_classes = int(max(values.max() for values in labels.values())) + 1
