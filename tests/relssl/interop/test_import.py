@@ -344,6 +344,30 @@ def test_byols_named_tuple_of_flat_mappings(tmp_path, foreign_modules, function)
     assert torch.equal(target["conv1.weight"], 2 * expected["conv1.weight"])
 
 
+class MadeOtherwise:
+    """As JAX writes an array, but with another function to make it."""
+
+    def __init__(self, make: Any, function: Any) -> None:
+        self.make, self.function = make, function
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        last = {"weak_type": False} if self.function is _reconstruct_array else None
+        return self.function, (self.make, ((2,), "f4"), np.zeros(2, np.float32).__reduce__()[2], last)
+
+
+@pytest.mark.parametrize("function", [_create_array, _reconstruct_array])
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [(np.ndarray, "numpy.ndarray"), (np.dtype, "numpy.dtype"), ("a word", "<class 'str'>"), (dict, "dict")],
+)
+def test_arrays_are_made_by_numpys_function_alone(tmp_path, foreign_modules, function, make, named) -> None:
+    foreign_modules("dill._dill", _create_array=_create_array)
+    foreign_modules("jax._src.array", _reconstruct_array=_reconstruct_array)
+    file = originals.write_pickle(tmp_path / "x.pkl", {"experiment_state": MadeOtherwise(make, function)})
+    with pytest.raises(InputError, match=rf"refused: this pickle asks for .*{named}"):
+        import_checkpoint(file)
+
+
 # -- strictness
 
 
