@@ -183,10 +183,29 @@ class Task:
         return [ViewSpec("image", self.view.size, box={kind: {}}, flip=0.5, normalize=self.view.normalize, **plain)]
 
     def shuffled(self, specs: list[ViewSpec], batch_size: int, seed: int, *, drop_last: bool) -> ViewLoader:
-        """A loader of training views in an order of its own in every epoch; the caller closes it."""
+        """A loader of training views in an order of its own in every epoch; the caller closes it.
+
+        Without `drop_last` the last batch of an epoch is smaller, but none is of one image, of which there are no batch
+        statistics: that image, another one in each epoch, is left out.
+
+        Raises:
+            InputError: there is one training image only.
+        """
         files, data = self.sets["train"], self.weights.recipe.data
+        if len(files) < 2:
+            raise InputError(
+                f"{self.names['train']}: {len(files)} image to train on ({self.portion}), and a batch needs at least "
+                "two. Give more labelled images"
+            )
         if len(files) < batch_size:
             log.info("note: one batch of %d images, all there are, instead of %d", len(files), batch_size)
+        elif len(files) % batch_size == 1 and not drop_last:
+            log.info(
+                "note: batches of %d leave one of %d images over, another in each epoch; it is left out, for there are "
+                "no batch statistics of one image",
+                batch_size,
+                len(files),
+            )
         return ViewLoader(
             files,
             [(None, specs)],
