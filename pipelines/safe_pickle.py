@@ -60,7 +60,7 @@ class _Reader(pickle.Unpickler):
             found = self._allowed[module, name]
         except KeyError:
             raise _Refused(f"{module}.{name}") from None
-        return fresh(found) if isinstance(found, type) else _Function(found)
+        return fresh(found) if isinstance(found, type) else _Function(found, f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
         raise _Refused(f"an external object ({pid!r})")
@@ -69,10 +69,16 @@ class _Reader(pickle.Unpickler):
 class _Function:
     """What a pickle may call, and not change: it can set attributes of whatever it holds."""
 
-    __slots__ = ("_call",)
+    __slots__ = ("_call", "_name")
 
-    def __init__(self, call: Callable[..., Any]):
-        self._call = call
+    def __init__(self, call: Callable[..., Any], name: str):
+        self._call, self._name = call, name
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def makes_arrays(self) -> bool:
+        return self._call is _reconstruct
 
     def __call__(self, *arguments: Any) -> Any:
         return self._call(*arguments)
@@ -84,6 +90,18 @@ class _Function:
 def fresh(cls: type) -> type:
     """The class, or where a pickle could change it a subclass for this one pickle."""
     return type(cls.__name__, (cls,), {"__slots__": ()}) if cls.__flags__ & _IS_PYTHON_CLASS else cls
+
+
+def array_by(make: Any, arguments: tuple[Any, ...], state: tuple[Any, ...]) -> np.ndarray:
+    """The array that a pickle takes apart as numpy does, for formats that wrap one.
+
+    What `make` may be is not left to the pickle: numpy's reconstruct function, or the pickle is refused.
+    """
+    if not (isinstance(make, _Function) and make.makes_arrays()):
+        raise _Refused(f"an array made by {make if isinstance(make, (_Function, type)) else type(make)!r}")
+    array = make(*arguments)
+    array.__setstate__(state)
+    return array
 
 
 def _reconstruct(subtype: type, shape: tuple[int, ...], typecode: bytes | str) -> np.ndarray:

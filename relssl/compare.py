@@ -15,8 +15,9 @@ from statistics import mean, stdev
 from typing import Any, Protocol, TypeVar
 
 from pipelines.errors import InputError
+from relssl.config import read_yaml
 from relssl.report import DISPLAY, protocol_name, view_text
-from relssl.runfolder import RESUMABLE, RunFolder, flat_settings, read_results, read_yaml
+from relssl.runfolder import RESUMABLE, RunFolder, flat_settings, read_results
 
 # What the table shows of an evaluator; of others the first accuracy of an entry, top-1 where there is one.
 SHOWN = {

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError, RelsslError
+from relssl.config import read_yaml
 from relssl.report import DISPLAY, protocol_name
-from relssl.runfolder import RunFolder, read_results, read_yaml
+from relssl.runfolder import RunFolder, read_results
 
 DEPTH = 3  # of folders that are looked into
 HEADER = ["run", "method", "data", "epochs", "state", "best top-1, %"]

@@ -161,7 +161,7 @@ class OnlineEvaluator:
         unread = features.isnan().all(dim=1)
         if dist.rank() != 0 or len(features) < 2 or unread.any():  # a picture of unreadable images is none
             return
-        from relssl.pictures import neighbour_sheet
+        from relssl.pictures import neighbour_sheet, save_picture
 
         count = min(_SHEET_QUERIES, len(features))
         queries = torch.arange(count) * len(features) // count
@@ -175,7 +175,7 @@ class OnlineEvaluator:
         if files.classes and (files.labels >= 0).all():
             names["query_labels"] = [files.classes[files.labels[q]] for q in queries.tolist()]
             names["neighbour_labels"] = [[files.classes[files.labels[i]] for i in row] for row in found.tolist()]
-        neighbour_sheet(rows, similarities=similarity.tolist(), **names).save(out)
+        save_picture(neighbour_sheet(rows, similarities=similarity.tolist(), **names), out)
 
     def close(self) -> None:
         for loader in self.loaders:

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from pipelines.errors import ConfigError
 
 Picture = np.ndarray  # uint8 (H, W, 3), RGB
 Row = tuple[str, Sequence[Picture]]
 
 BACKGROUND, INK, FAINT = (255, 255, 255), (28, 30, 36), (112, 116, 128)
 SAME, OTHER = (0, 130, 90), (200, 70, 20)  # told apart by colour-blind readers too
+SUFFIXES = (".png", ".jpg", ".jpeg")
 GAP, MARGIN, FRAME = 8, 16, 3
 TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 18, 14, 12
 
@@ -114,6 +118,33 @@ def neighbour_sheet(
     if query_labels and neighbour_labels:
         foot.insert(0, "green: the query's class, orange: another")
     return _compose([""] * len(rows), cells, titles, cell, title, ["; ".join(foot)] if foot else [])
+
+
+def check_place(place: Path) -> None:
+    """Refuse a place where no picture can be written, before one is made.
+
+    Raises:
+        ConfigError: a suffix that is none of `SUFFIXES`, or no such folder.
+    """
+    if place.suffix.lower() not in SUFFIXES or not place.parent.is_dir():
+        raise ConfigError(
+            f"a picture is written as {', '.join(SUFFIXES)} into a folder that exists; got {place}: choose another file"
+        )
+
+
+def save_picture(picture: Image.Image, place: Path) -> None:
+    """Write a picture whole or not at all, in the format of its suffix; what was there is replaced.
+
+    Raises:
+        ConfigError: as `check_place`.
+    """
+    check_place(place)
+    work = place.with_name(f".writing.{place.name}")
+    try:
+        picture.save(work)
+        work.replace(place)
+    finally:
+        work.unlink(missing_ok=True)
 
 
 def _check(rows: Sequence[Row], cell: int) -> None:

@@ -306,6 +306,17 @@ def _gain_text(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
     return f"{after['mean'] - before['mean']:+.2f}" if before and after else "–"
 
 
+def pretraining_text(entry: Mapping[str, Any]) -> str:
+    """Where the weights of an entry come from: the data that they were trained on, as far as anybody knows."""
+    imported = entry.get("imported") or {}
+    if entry.get("weights") == "random":
+        return "random weights"
+    if imported and not imported.get("continued"):
+        return f"imported from {imported.get('file')}, which does not say on what it was pre-trained"
+    data = entry.get("pretrained_on") or "unknown data"
+    return f"continued from {imported.get('file')} on {data}" if imported else f"pre-trained on {data}"
+
+
 def protocol_text(entry: Mapping[str, Any]) -> str:
     """One sentence with the numbers that a reader of an accuracy needs."""
     p = entry.get("protocol")
@@ -332,8 +343,8 @@ def protocol_text(entry: Mapping[str, Any]) -> str:
         told.append(f"probe seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
     if _number(entry.get("update")) is not None:
         told.append(f"weights of update {entry['update']}")
-    if entry.get("pretrained_on"):
-        told.append(f"pre-trained on {entry['pretrained_on']}")
+    if entry.get("pretrained_on") or entry.get("imported"):
+        told.append(pretraining_text(entry))
     if entry.get("train"):
         use = {"knn": "neighbours from", "retrieval": "gallery"}.get(str(entry.get("evaluator")), "trained on")
         told.append(f"{use} {_data_of(entry, 'train')}{_count(entry.get('num_train'))}")

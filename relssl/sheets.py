@@ -18,7 +18,7 @@ from pipelines.loader import ViewLoader
 from pipelines.subset import spread
 from pipelines.views import ViewSpec, expand
 from relssl.config import Recipe
-from relssl.pictures import sheet
+from relssl.pictures import check_place, save_picture, sheet
 
 
 def draw_views(recipe: Recipe, out: Path, *, num_images: int = 8, epoch: int = 0, num_draws: int = 1) -> Path:
@@ -28,7 +28,11 @@ def draw_views(recipe: Recipe, out: Path, *, num_images: int = 8, epoch: int = 0
         num_images: evenly spaced over the data.
         epoch: which epoch's plan and draw.
         num_draws: rows per image, each the draw of another epoch.
+
+    Raises:
+        ConfigError: `out` is no place for a picture.
     """
+    check_place(out)
     with beton.open(recipe.data.train) as files:
         chosen = spread(files, num_images)
         with ViewLoader(
@@ -55,13 +59,19 @@ def draw_views(recipe: Recipe, out: Path, *, num_images: int = 8, epoch: int = 0
             titles = ["original", *[spec.name for spec in expand(loader.plan_of(epoch))]]
     name = recipe.method_name
     picture = sheet(rows, column_titles=titles, title=f"{name}: views, epoch {epoch}, seed {recipe.train.seed}")
-    picture.save(out)
+    save_picture(picture, out)
     return out
 
 
 def draw_saliency(data: Path, out: Path, *, num_images: int = 40) -> Path:
     """Write a sheet of images of a `.beton` file with their saliency, its mask, and the image with a grey background:
-    two images a row, evenly spaced over the file. One that cannot be decoded is left out."""
+    two images a row, evenly spaced over the file. One that cannot be decoded is left out.
+
+    Raises:
+        ConfigError: `out` is no place for a picture.
+        InputError: no image can be decoded.
+    """
+    check_place(out)
     found = []
     with beton.open(data) as files:
         chosen = spread(files, num_images)
@@ -80,7 +90,7 @@ def draw_saliency(data: Path, out: Path, *, num_images: int = 40) -> Path:
         caption="a mask that is light all over: no subject was found, the whole image is foreground",
         fit_first_column=False,
     )
-    picture.save(out)
+    save_picture(picture, out)
     return out
 
 

@@ -248,7 +248,8 @@ def test_evaluating_without_labels(capsys, tmp_path):
     assert relssl(capsys, "train", recipe, "--out", tmp_path / "run")[0] == 0
     code, text = relssl(capsys, "eval", "linear", "--weights", tmp_path / "run")
     assert code == 3
-    assert "train.beton: 48 of 48 images have no label" in text
+    assert "train.beton: 48 of 48 images have no label (label -1), and this evaluation compares labels: every" in text
+    assert "`relssl eval analyse`" in text
 
 
 def test_a_damaged_weights_file_is_refused(capsys, tmp_path):
@@ -296,6 +297,9 @@ def test_views_draws_a_sheet(capsys, tmp_path):
     with Image.open(out) as picture:
         assert picture.width > 4 * 64  # original, teacher, two students
         assert picture.height > 6 * 64
+    code, text = relssl(capsys, "views", recipe, "--out", tmp_path / "sheet.txt")
+    assert code == 2
+    assert "a picture is written as .png, .jpg, .jpeg into a folder that exists; got" in text
 
 
 def test_weights_come_in_and_go_out(capsys, tmp_path):
@@ -352,6 +356,9 @@ def test_masks_from_data_to_views(capsys, tmp_path):
     assert code == 2
     assert "make masks with relssl saliency" in text
     out, sheet = tmp_path / "masked.beton", tmp_path / "saliency.png"
+    code, text = relssl(capsys, "saliency", tmp_path / "train.beton", out, "--sheet", tmp_path / "no" / "sheet.png")
+    assert code == 2
+    assert not out.exists(), "masks are computed before it is known that the picture cannot be written"
     code, text = relssl(capsys, "saliency", tmp_path / "train.beton", out, "--sheet", sheet, "--images", "5")
     assert code == 0, text
     assert "images/s" in text

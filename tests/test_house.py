@@ -121,6 +121,21 @@ def test_a_forbidden_import_is_seen(module: str, line: str) -> None:
     assert len(forbidden_imports(module, path, ast.parse(line))) == 1
 
 
+def test_pictures_are_saved_by_one_function() -> None:
+    """Which writes them whole or not at all."""
+    makers = [
+        (path, tree) for module, path, tree in modules() if "relssl.pictures" in dict(imported(module, path, tree))
+    ]
+    saving = [
+        f"{path}:{node.lineno}"
+        for path, tree in makers
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "save"
+    ]
+    assert len(makers) >= 4
+    assert saving == []
+
+
 def test_no_star_imports() -> None:
     starred = [
         f"{path}:{node.lineno}"

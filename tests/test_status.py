@@ -163,6 +163,20 @@ def test_smoke_figures_are_called_a_smoke_test() -> None:
     assert "- make cifar-table, 2 cores, 2026-11-22." in page
 
 
+def test_of_a_recipe_with_phases_the_views_of_the_last_one_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def line(name: str) -> str:
+        (run,) = status.cifar_runs(sources(cifar={"cells": [cifar(name, method="wcl")]}), "wcl")
+        return run.line()
+
+    assert "6 epochs, batch 256, 2 views a step, 600,000 views in all" in line("wcl/cifar10_cpu")
+    phases = [{"until_epoch": 1, "plan": [{"count": 2}]}, {"plan": [{"count": 2}, {}]}]
+    (tmp_path / "mine.yaml").write_text(json.dumps({"views": {"phases": phases}, "train": {"batch_size": 8}}))
+    monkeypatch.setattr(status.recipes, "recipe_root", lambda: tmp_path)
+    assert "batch 8, 3 views a step" in line("mine")
+
+
 def test_training_seeds_are_taken_together_and_a_real_run_goes_first() -> None:
     table = {"cells": [cifar(seed=0, linear=50), cifar(seed=1, linear=54), cifar("ressl/cifar10_resnet18", linear=90)]}
     found = sources(cifar=table)

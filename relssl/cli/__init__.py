@@ -170,6 +170,10 @@ def saliency(
     """Find what is foreground in each image, without training, for views with `mask_p`. Writes a new file."""
     if out is None and sheet is None:
         raise ConfigError("nothing to do: name the .beton file to write, or a picture with --sheet, or both")
+    if sheet is not None:
+        from relssl.pictures import check_place
+
+        check_place(sheet)
     if out is not None:
         from dataset_tools.masks import add_masks
 

@@ -289,11 +289,12 @@ def score_text(score: dict[str, Any] | None) -> str:
 
 def _data(entry: dict[str, Any]) -> str:
     """Which data was used for what: it need not be the same."""
+    from relssl.report import pretraining_text
+
     subset = "" if entry["subset"] is None else f" ({entry['subset']})"
     use = {"knn": "neighbours from", "retrieval": "gallery", "analysis": "features of"}.get(
         entry["evaluator"], "trained on"
     )
     trained = "" if entry["train"] is None else f"; {use} {entry['train']}{subset}"
     picture = "" if entry.get("picture") is None else f"\npicture: {entry['picture']}"
-    before = "random weights" if entry["pretrained_on"] is None else f"pre-trained on {entry['pretrained_on']}"
-    return f"{before}{trained}; tested on {entry['test']}{picture}"
+    return f"{pretraining_text(entry)}{trained}; tested on {entry['test']}{picture}"

@@ -31,7 +31,7 @@ from relssl.evaluators.embedding import LEAST_IMAGES, MapKind, choose_map, featu
 from relssl.evaluators.features import normalise, top_neighbours
 from relssl.evaluators.label_free import alignment, rankme, uniformity
 from relssl.evaluators.probe import FEATURES, fast_probe, probe_protocol
-from relssl.pictures import neighbour_sheet
+from relssl.pictures import neighbour_sheet, save_picture
 from relssl.runfolder import write_atomically
 
 log = logging.getLogger("relssl.evaluate")
@@ -223,9 +223,7 @@ def _draw_neighbours(task: Task, folder: Path, files: dict[str, str]) -> dict[st
         told["query_labels"] = [names[labels[q]] for q in queries.tolist()]
         told["neighbour_labels"] = [[names[kept.labels[i]] for i in found] for found in index.tolist()]
     picture = neighbour_sheet(rows, similarities=similarity.tolist(), title=None, **told)
-    work = folder / ".neighbours.writing.png"
-    picture.save(work)
-    work.replace(folder / "neighbours.png")
+    save_picture(picture, folder / "neighbours.png")
     files["neighbours"] = _place(folder / "neighbours.png")
     return {"queries": which, "labelled": task.labelled}
 

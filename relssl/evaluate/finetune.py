@@ -35,7 +35,10 @@ def evaluate_finetune(
     Args:
         protocol: a name of `relssl.evaluators.finetune`; the recipe's own when None.
         options: settings of the protocol that differ.
-        portion: which training images have labels.
+        portion: which training images have labels; where batches leave one image over, an epoch goes without it.
+
+    Raises:
+        InputError: there is one training image only, or the data does not fit (see `Task`).
     """
     chosen = weights.recipe.eval.finetune
     own = finetune_protocol(chosen.protocol, **chosen.options)

@@ -15,11 +15,11 @@ from relssl.evaluate.task import ALL, Portion, Task
 from relssl.evaluate.weights import Weights
 from relssl.evaluators.features import check_k, normalise, summarise, top_neighbours
 from relssl.evaluators.retrieval import RetrievalScores, check_relevant, retrieval_scores
+from relssl.pictures import check_place, neighbour_sheet, save_picture
 
 log = logging.getLogger("relssl.evaluate")
 
 DEFAULT_K = (1, 5, 10)
-_PICTURES = (".png", ".jpg", ".jpeg")
 _NEIGHBOURS = 8
 
 
@@ -48,10 +48,8 @@ def evaluate_retrieval(
     if within and (train is not None or not portion.is_all):
         raise ConfigError("--within looks test images up among themselves; leave --train, --percent and --subset out")
     place = sheet or weights.folder / _sheet_name(weights, within)
-    if num_queries and (place.suffix.lower() not in _PICTURES or not place.parent.is_dir()):
-        raise ConfigError(
-            f"--sheet writes {', '.join(_PICTURES)} into a folder that exists; got {place}: choose another file"
-        )
+    if num_queries:
+        check_place(place)
     with Task(weights, train, test, device, portion=portion, trains=not within) as task:
         where = "test" if within else "train"
         _check(task, where, k)
@@ -90,8 +88,6 @@ def _sheet_name(weights: Weights, within: bool) -> str:
 def _draw(
     task: Task, query_x: Tensor, gallery_x: Tensor, within: bool, found: RetrievalScores, out: Path, most: int
 ) -> None:
-    from relssl.pictures import neighbour_sheet
-
     queries = task.sets["test"]
     gallery = task.sets["test" if within else "train"]
     count = min(most, len(queries))
@@ -115,6 +111,4 @@ def _draw(
         title=f"Retrieval: mAP {found['map']:.1f} %, "
         + ", ".join(f"R@{k} {v:.1f} %" for k, v in found["recall"].items()),
     )
-    work = out.with_name(f".writing.{out.name}")
-    picture.save(work)
-    work.replace(out)
+    save_picture(picture, out)

@@ -22,7 +22,7 @@ from pipelines.subset import Subset, balanced, listed
 from pipelines.views import ViewSpec
 from relssl.encode import encode, feature_loader, frozen_copy
 from relssl.evaluate.weights import Weights
-from relssl.evaluators.features import summarise
+from relssl.evaluators.features import no_label, summarise
 from relssl.evaluators.linear import Crop
 from relssl.runfolder import RunFolder, now
 
@@ -128,11 +128,7 @@ class Task:
             return
         for name, values in labels.items():
             if (values < 0).any():
-                raise InputError(
-                    f"{self.names[name]}: {int((values < 0).sum())} of {len(values)} images have no label, and this "
-                    "evaluation compares labels. Convert a labelled source (one folder per class), or use "
-                    "`relssl eval analyse`, which does without"
-                )
+                raise no_label(self.names[name], int((values < 0).sum()), len(values))
         if "train" in self.sets:
             self._check_classes(labels["train"], labels["test"])
         self.num_classes = int(max(values.max() for values in labels.values())) + 1
@@ -187,10 +183,29 @@ class Task:
         return [ViewSpec("image", self.view.size, box={kind: {}}, flip=0.5, normalize=self.view.normalize, **plain)]
 
     def shuffled(self, specs: list[ViewSpec], batch_size: int, seed: int, *, drop_last: bool) -> ViewLoader:
-        """A loader of training views in an order of its own in every epoch; the caller closes it."""
+        """A loader of training views in an order of its own in every epoch; the caller closes it.
+
+        Without `drop_last` the last batch of an epoch is smaller, but none is of one image, of which there are no batch
+        statistics: that image, another one in each epoch, is left out.
+
+        Raises:
+            InputError: there is one training image only.
+        """
         files, data = self.sets["train"], self.weights.recipe.data
+        if len(files) < 2:
+            raise InputError(
+                f"{self.names['train']}: {len(files)} image to train on ({self.portion}), and a batch needs at least "
+                "two. Give more labelled images"
+            )
         if len(files) < batch_size:
             log.info("note: one batch of %d images, all there are, instead of %d", len(files), batch_size)
+        elif len(files) % batch_size == 1 and not drop_last:
+            log.info(
+                "note: batches of %d leave one of %d images over, another in each epoch; it is left out, for there are "
+                "no batch statistics of one image",
+                batch_size,
+                len(files),
+            )
         return ViewLoader(
             files,
             [(None, specs)],
@@ -313,10 +328,12 @@ def _of_imported(weights: Weights) -> dict[str, Any]:
     origin = weights.imported
     if origin is None:
         return {}
-    known = {key: origin.get(key) for key in ("file", "sha256", "source", "branch", "recipe", "recipe_is")}
-    unknown = (
-        ["train_seed"] if origin.get("recipe_is") != "assumed" else ["train_seed", "global_batch", "views_per_step"]
-    )
+    known = {key: origin.get(key) for key in ("file", "sha256", "source", "branch", "recipe", "recipe_is", "continued")}
+    unknown = ["train_seed"]
+    if origin.get("recipe_is") == "assumed":
+        unknown += ["global_batch", "views_per_step"]
+    if not origin.get("continued"):
+        unknown.append("pretrained_on")  # the recipe's data is what one would train on here
     return {"imported": known, **dict.fromkeys(unknown)}
 
 

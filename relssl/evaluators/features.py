@@ -72,16 +72,22 @@ def check_labels(labels: Tensor, num_rows: int, num_classes: int | None, name: s
     labels = labels.long()
     missing = int((labels < 0).sum())
     if missing:
-        raise InputError(
-            f"{name}: {missing} of {num_rows} images have no label (label -1), and this measure compares "
-            f"labels. Convert a labelled source (one folder per class), or use the label-free measures"
-        )
+        raise no_label(name, missing, num_rows)
     if num_classes is not None and int(labels.max()) >= num_classes:
         raise InputError(
             f"{name}: label {int(labels.max())} found, but there are only {num_classes} classes "
             f"(labels 0 to {num_classes - 1}). Were train and test made with the same list of classes?"
         )
     return labels
+
+
+def no_label(name: str, missing: int, count: int) -> InputError:
+    """What to tell of images without labels where every image needs one."""
+    return InputError(
+        f"{name}: {missing} of {count} images have no label (label -1), and this evaluation compares labels: every "
+        "image needs one. Convert a labelled source (one folder per class), or take the measures that do without, "
+        "`relssl eval analyse`"
+    )
 
 
 def check_same_width(train: Tensor, test: Tensor) -> None:

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines.errors import InputError, RunError
-from relssl.evaluators.features import check_labels, full_precision
+from relssl.evaluators.features import check_labels
 from relssl.evaluators.linear import Crop, InitStd, Progress, initial_head, keyed_seed
 from relssl.evaluators.protocols import named_protocol
+from relssl.ops.precision import full_precision
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -52,7 +53,7 @@ class FinetuneProtocol(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0)  # of every parameter, biases and normalisation too
     epochs: int = Field(default=20, ge=1)
     batch_size: int = Field(default=256, ge=2)
-    drop_last: bool = False  # leave out the last, smaller batch of an epoch
+    drop_last: bool = False  # leave out the last, smaller batch of an epoch; one of a single image always is
     # both rates fall together: cosine to zero, iteration by iteration; cosine_epochs: from epoch to epoch; drops:
     # x gamma after each share of the epochs in drops
     schedule: Literal["cosine", "cosine_epochs", "drops", "constant"] = "cosine"
@@ -186,7 +187,8 @@ def finetune(
 
     Args:
         backbone: (b, 3, S, S) -> (b, D), float32; it is not changed.
-        train_batches: called with the epoch (from 0), yields (images (b, 3, S, S), labels (b,)).
+        train_batches: called with the epoch (from 0), yields (images (b, 3, S, S), labels (b,)), b at least 2: of a
+            last map of one pixel there are no batch statistics of one image.
         num_batches_per_epoch: how many it yields in every epoch.
         test_batches: yields un-augmented test images and their labels, anew at each call.
         feature_dim, num_classes: D and C.
@@ -196,7 +198,8 @@ def finetune(
         progress: called with each epoch's record.
 
     Raises:
-        InputError: labels missing or out of range, fewer than two classes, no training or test images.
+        InputError: labels missing or out of range, fewer than two classes, no training or test images, a training
+            batch of one image.
         RunError: the loss became NaN or infinite.
         ValueError: `train_batches` yielded another number of batches than announced (a bug of the caller).
     """
@@ -276,6 +279,11 @@ def _train_epoch(
     device = head[0].device
     total, seen, count = torch.zeros((), device=device), 0, 0
     for images, labels in batches:
+        if len(images) < 2:
+            raise InputError(
+                f"fine-tuning: batch {count + 1} of epoch {epoch + 1} has {len(images)} image, and batch statistics "
+                "need two; leave a rest of one image out, or choose another batch_size"
+            )
         labels = check_labels(labels, len(images), head[0].shape[0], "train labels").to(device, non_blocking=True)
         rates = protocol.rates_at(epoch * expected + count, expected)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):

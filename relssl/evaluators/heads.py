@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from relssl.evaluators.draws import generator
-from relssl.evaluators.features import check_features, check_labels, full_precision, standardisation
+from relssl.evaluators.features import check_features, check_labels, standardisation
+from relssl.ops.precision import full_precision
 
 HEAD_BYTES = 256 * 2**20  # weights, gradients, momenta and logits of the heads that are trained at once
 LOGIT_BYTES = 64 * 2**20  # of a block of images

@@ -20,14 +20,8 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import InputError
-from relssl.evaluators.features import (
-    check_features,
-    check_k,
-    check_labels,
-    check_same_width,
-    full_precision,
-    normalise,
-)
+from relssl.evaluators.features import check_features, check_k, check_labels, check_same_width, normalise
+from relssl.ops.precision import full_precision
 
 TILE = 2**25  # similarities that exist at once: 128 MiB in float32
 _SHOWN = 5

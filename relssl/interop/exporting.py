@@ -1,7 +1,8 @@
 """A backbone out to what others load: torchvision, timm, plain safetensors, ONNX.
 
 What is written is loaded again the way a user would, and has to give the same features before it gets its name: a file
-that exists is one that works. A format that cannot hold a backbone refuses it by name.
+that exists is one that works, and its model card lies beside it. A format that cannot hold a backbone refuses it by
+name.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def export(
         ConfigError: an unknown format, a name that does not end as its files do, a backbone that it cannot hold, or a
             file that exists.
         MissingExtraError: the format's package is not installed.
-        InputError: there is no backbone.
+        InputError: there is no backbone, or what the card says of the run cannot be read; nothing is kept.
         RunError: the exported network gives other features; nothing is kept.
     """
     if format not in FORMATS:
@@ -72,7 +73,7 @@ def export(
     writer.refuse(weights)
     subject = Subject(weights, bake_normalisation)
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.with_name(f".writing-{out.name}")
+    work, card_work = (path.with_name(f".writing-{path.name}") for path in (out, card))
     try:
         writer.write(subject, work)
         difference = _difference(subject, _loaded(writer, subject, work))
@@ -81,11 +82,13 @@ def export(
                 f"the exported network gives other features than {run}: they differ by {difference:.1e} of the largest "
                 f"one, where {writer.tolerance:.0e} is allowed; nothing was written"
             )
+        snippet = writer.snippet(subject, out)
+        write_card(card_work, Card(weights, work, out.name, format, snippet, subject.preparation, difference, licence))
+        card_work.replace(card)
         work.replace(out)
     finally:
-        work.unlink(missing_ok=True)
-    snippet = writer.snippet(subject, out)
-    write_card(card, Card(weights, out, format, snippet, subject.preparation, difference, licence))
+        for path in (work, card_work):
+            path.unlink(missing_ok=True)
     return Exported(out, card, snippet, difference)
 
 

@@ -33,6 +33,8 @@ class Card:
     """What goes into a card besides the run.
 
     Attributes:
+        file: the weights as they lie now, whose size and hash are told.
+        name: of the file when it is done.
         preparation: of an image, in words.
         difference: of features after exporting, relative to the largest.
         licence: of the weights; None leaves it open.
@@ -40,6 +42,7 @@ class Card:
 
     weights: Weights
     file: Path
+    name: str
     format: str
     snippet: str
     preparation: str
@@ -68,7 +71,7 @@ def write_card(path: Path, card: Card) -> None:
         training=list(_training(weights, folder)),
         rows=[_row(entry) for entry in _results(weights)],
         paper=recipe.about.paper,
-        file=card.file.name,
+        file=card.name,
         size=f"{card.file.stat().st_size / 2**20:.1f} MiB",
         sha256=checkpoint.sha256(card.file),
         format=card.format,

@@ -104,14 +104,12 @@ def _mapping(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _jax_array(make: Any, arguments: tuple[Any, ...], state: tuple[Any, ...], *of_jax: Any) -> Any:
     """JAX wraps a numpy array: how it is made, its contents, and what only JAX wants to know."""
-    array = make(*arguments)
-    array.__setstate__(state)
-    return array
+    return safe_pickle.array_by(make, arguments, state)
 
 
 def _dill_array(make: Any, arguments: tuple[Any, ...], state: tuple[Any, ...], attributes: Any = None) -> Any:
     """dill's way of writing a numpy array; attributes are of subclasses only."""
-    return _jax_array(make, arguments, state)
+    return safe_pickle.array_by(make, arguments, state)
 
 
 def _dill_namedtuple(name: str, fields: Sequence[str], *more: Any) -> type:

@@ -15,6 +15,7 @@ instead of deceiving it. Maps are shifted within a process. Legend: B images, D 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -25,12 +26,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipelines.batch import ViewBatch
+from pipelines.errors import ConfigError
 from relssl.methods import base
 from relssl.ops.rows import at_least_float32, spread
 from relssl.ops.transfer import from_host
 
 HIDDEN = 256
 GLOBAL_CHANNELS, GLOBAL_SIDE = 32, 16
+LEAST_SIDE = 5  # of a map, for two unpadded 3x3 convolutions
 
 
 class DeepInfoMaxConfig(base.MethodConfig):
@@ -66,11 +69,13 @@ class Method(base.Method):
         self.prior_d = PriorDiscriminator(encoder.feature_dim) if config.gamma else None
 
     def forward(self, batch: ViewBatch, step: base.Step) -> tuple[Tensor, dict[str, Tensor]]:
-        y_BD, map_BCHW = self.encoder(batch.views["view"][0], return_stem=True)
+        view = batch.views["view"][0]
+        y_BD, map_BCHW = self.encoder(view, return_stem=True)
         terms = {}
         if self.local_d is not None:
             terms["local"] = self.config.beta * contrast(*self.local_d(y_BD, self._some_places(map_BCHW, step)))
         if self.global_d is not None:
+            _check_map(view, map_BCHW)
             terms["global"] = self.config.alpha * contrast(*self.global_d(y_BD, map_BCHW))
         if self.prior_d is not None:
             terms["prior"] = self.config.gamma * self.prior_d(y_BD, self._noise(batch, step))
@@ -94,6 +99,20 @@ class Method(base.Method):
         generator = replace(step, micro=0).generator("prior")
         noise = torch.rand((self.data.global_batch, self.encoder.feature_dim), generator=generator)
         return from_host(noise, batch.position.device)[batch.position]
+
+
+def _check_map(view: Tensor, stem: Tensor) -> None:
+    """Raises ConfigError unless the global term's convolutions fit into the map."""
+    (height, width), (map_height, map_width) = view.shape[2:], stem.shape[2:]
+    least = min(map_height, map_width)
+    if least < LEAST_SIDE:
+        enough = math.ceil(min(height, width) * LEAST_SIDE / least)
+        raise ConfigError(
+            f"deepinfomax: method.alpha is above 0, and the global term needs a first map of at least {LEAST_SIDE} x "
+            f"{LEAST_SIDE} pixels; views of {height} x {width} pixels give {map_height} x {map_width}. Make the views "
+            f"about {enough} pixels wide, choose a backbone whose first layer keeps the size (stem: cifar), or set "
+            "method.alpha: 0"
+        )
 
 
 def contrast(scores: Tensor, other_scores: Tensor) -> Tensor:
@@ -138,7 +157,7 @@ class GlobalDiscriminator(nn.Module):
     """Judges features with a whole map: two 3x3 convolutions, 16x16 average pooling, three linear layers.
 
     Shape:
-        y (B, D), M (B, C, H, W) -> scores (B, 1) of y with M, and with the next image's M; H and W at least 5
+        y (B, D), M (B, C, H, W) -> scores (B, 1) of y with M, and with the next image's M; H and W at least LEAST_SIDE
     """
 
     def __init__(self, feature_dim: int, stem_channels: int) -> None:

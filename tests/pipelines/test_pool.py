@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -263,6 +265,31 @@ def test_jobs_in_line_are_dropped_when_the_threads_close():
     assert jobs[0].result() == 1
     with pytest.raises(RunError, match="closed"):
         jobs[1].result()
+
+
+AT_THE_EXIT = """
+import atexit, threading, time
+from pipelines.pool import Threads
+
+release = threading.Event()
+atexit.register(lambda: print(job.done))  # the library that the thread is in, which is taken down here
+threads = Threads(1, "test")
+atexit.register(release.set)
+
+def in_the_library():
+    release.wait(20)
+    end = time.perf_counter() + 0.05
+    while time.perf_counter() < end:
+        sum(range(100))
+
+job = threads.submit(in_the_library)
+"""
+
+
+def test_at_the_exit_of_python_a_call_ends_before_what_it_uses_is_taken_down():
+    """Handlers run in turn, the last one first: the call goes on, the threads end, the library ends."""
+    done = subprocess.run([sys.executable, "-c", AT_THE_EXIT], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
 
 
 def test_threads_end_with_the_object_that_made_them():

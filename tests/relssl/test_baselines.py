@@ -127,6 +127,20 @@ def test_a_term_of_weight_zero_has_no_discriminator() -> None:
     assert metrics["global_loss"] == loss.detach()
 
 
+def test_a_map_too_small_for_the_global_term_is_named_with_the_size_that_is_enough() -> None:
+    def method(**settings: float) -> deepinfomax.Method:
+        config = deepinfomax.DeepInfoMaxConfig(**settings)
+        return deepinfomax.Method(lambda: build_backbone("resnet18", width=0.0625), config, DATA)
+
+    words = (
+        r"at least 5 x 5 pixels; views of 8 x 8 pixels give 4 x 4\. Make the views about 10 pixels wide.*stem: cifar"
+    )
+    with pytest.raises(ConfigError, match=words):
+        method(alpha=0.5)(batch(8, side=8), STEP)
+    assert method(alpha=0.5)(batch(8, side=10), STEP)[0].isfinite()
+    assert method()(batch(8, side=8), STEP)[0].isfinite()
+
+
 def test_the_priors_noise_belongs_to_a_place_in_the_global_batch() -> None:
     method = infomax()
     whole = method._noise(batch(8), STEP)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components as scipy_components
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from relssl.losses import component_contrastive, connected_components, nearest_neighbours, nt_xent
 from tests.relssl import golden
@@ -82,6 +83,32 @@ def test_autocast_turns_no_neighbour_around():
     close = torch.tensor([[1.0, 0.0], [0.9999, 0.0141], [0.9998, 0.02]])
     with torch.autocast("cpu", torch.bfloat16):
         assert nearest_neighbours(close).tolist() == [1, 2, 1]
+
+
+class ProductPrecision(TorchDispatchMode):
+    """The precision that is set whenever a matrix product is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.mm:
+            self.seen.append(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
+def test_neighbours_are_found_without_tf32_whatever_the_training_has_set():
+    """TF32 itself needs a GPU; what asks for it can be seen anywhere."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with ProductPrecision() as products:
+            nearest_neighbours(rows(20, 4).float())
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(products.seen) == {"highest"}
 
 
 @pytest.mark.parametrize("x", [torch.zeros(1, 3), torch.zeros(4), torch.zeros(3, 3, dtype=torch.int64)])

@@ -127,6 +127,8 @@ def test_recipes_carry_the_papers_numbers():
         ("eval.linear.options={lrr: 1}", "lrr"),
         ("optim.schedule.name=exponential", "must be above 0"),
         ("optim.schedule.name=multistep", "needs milestones"),
+        ("optim.schedule.final=0.5", r"schedule\.final is 0\.5, above lr 0\.05: the rate would rise"),
+        ("optim.schedule={final: 0.01, final_share: 0.1}", "final and final_share say the same thing"),
         ("optim.schedule.warmup_epochs=4", "more than the 3 epochs"),
         ("train.num_micro=3", "batch_size 16 is not a multiple of train.num_micro 3"),
         ("train.num_micro=2", "set train.accumulation: approximate"),

@@ -190,6 +190,29 @@ def test_finetuning_keeps_weights_and_head(run):
     assert "(backbone)" in page
 
 
+@pytest.mark.parametrize("augment", [False, True])
+def test_finetuning_goes_without_a_rest_of_one_image(run, caplog, augment):
+    """The last map of these images is one pixel, of which one image has no batch statistics."""
+    options = {"epochs": 1, "batch_size": 47, "augment": augment}
+    with caplog.at_level("INFO", logger="relssl.evaluate"):
+        entry = finetune(run, options=options)
+    assert entry["num_train"] == 48
+    assert "note: batches of 47 leave one of 48 images over, another in each epoch; it is left out" in caplog.text
+    caplog.clear()
+    finetune(run, options={**options, "drop_last": True})
+    finetune(run, options={**options, "batch_size": 46})
+    assert "left out" not in caplog.text
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_one_image_is_nothing_to_finetune_on(run, tmp_path, augment):
+    one = tiny.write_data(tmp_path / "one.beton", count=1)
+    with pytest.raises(
+        InputError, match=r"one\.beton: 1 image to train on \(all\), and a batch needs at least two\. Give"
+    ):
+        finetune(run, options={**QUICK, "augment": augment}, train=one, test=one)
+
+
 def test_finetuning_is_a_function_of_its_seed(run, trained, tmp_path):
     other = Path(shutil.copytree(trained / "run", tmp_path / "other"))
     first, second = finetune(run), finetune(other)
@@ -384,7 +407,7 @@ def test_retrieval_is_an_entry_and_a_picture(run, trained):
     assert "retrieval R@3" in write_report(run).read_text()
     assert not list(run.glob("*writing*"))
     for sheet in (run / "sheet.txt", run / "nowhere" / "sheet.png"):
-        with pytest.raises(ConfigError, match=r"--sheet writes \.png, \.jpg, \.jpeg into a folder"):
+        with pytest.raises(ConfigError, match=r"a picture is written as \.png, \.jpg, \.jpeg into a folder"):
             evaluate_retrieval(open_weights(run), k=(1, 3), sheet=sheet)
     evaluate_retrieval(open_weights(run), k=(1, 3), within=True)
     page = write_report(run).read_text()

@@ -232,6 +232,11 @@ IMAGES, LABELS = pictures(40, 1)
     [
         (lambda: run(QUICK, train_batches=lambda epoch: [(IMAGES, LABELS - 1)]), InputError, "no label"),
         (lambda: run(QUICK, test=(IMAGES, LABELS - 1)), InputError, "no label"),
+        (
+            lambda: run(QUICK, train=(IMAGES[:33], LABELS[:33])),
+            InputError,
+            "batch 3 of epoch 1 has 1 image, and batch statistics need two; leave a rest of one image out",
+        ),
         (lambda: run(QUICK, num_classes=4), InputError, "label 4 found, but there are only 4 classes"),
         (lambda: run(QUICK, num_classes=1), InputError, "two classes"),
         (lambda: run(QUICK, num_batches_per_epoch=0), InputError, "no training image"),

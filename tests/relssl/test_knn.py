@@ -122,7 +122,7 @@ BAD = {
     "some unlabelled": (
         {"test_y": torch.tensor([0, 1, -1, 0, 1])},
         InputError,
-        "1 of 5 images have no label",
+        r"test labels: 1 of 5 images have no label \(label -1\), .*: every image needs one\. Convert .*eval analyse",
     ),
     "k too large": ({"k": 21}, ConfigError, "k = 21 .* 20"),
     "k zero": ({"k": 0}, ConfigError, "k = 0"),

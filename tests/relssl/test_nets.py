@@ -241,6 +241,9 @@ def test_unknown_names_and_options_list_the_known_ones():
         build_backbone("conv4", stem="cifar")
     with pytest.raises(ConfigError, match=r"Unknown stem 'cifar10'\. Known: imagenet, cifar, small, cifar_padded\."):
         build_backbone("resnet18", stem="cifar10")
+    for zero in (1, "no", None):
+        with pytest.raises(ConfigError, match=f"zero_init_residual is true or false, got {zero!r}"):
+            build_backbone("resnet18", zero_init_residual=zero)
     for width in (0, -1, 0.3, "2", True, None):
         with pytest.raises(ConfigError, match="whole number"):
             build_backbone("conv4", width=width)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relssl.pictures import BACKGROUND, FRAME, OTHER, SAME, neighbour_sheet, sheet
+from pipelines.errors import ConfigError
+from relssl.pictures import BACKGROUND, FRAME, OTHER, SAME, neighbour_sheet, save_picture, sheet
 
 RED, BLUE, GOLD = (250, 10, 20), (10, 20, 250), (240, 200, 30)
 
@@ -111,3 +112,28 @@ SQUARE = plain(8, 8, RED)
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", ["sheet.png", "sheet.JPG"])
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch, name):
+    place = tmp_path / name
+    save_picture(Image.new("RGB", (4, 3), BLUE), place)
+    before = place.read_bytes()
+
+    def full_disk(self, path):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_picture(Image.new("RGB", (9, 9), RED), place)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert place.read_bytes() == before
+    with Image.open(place) as picture:
+        assert picture.size == (4, 3)
+
+
+@pytest.mark.parametrize("name", ["sheet.txt", "sheet", "nowhere/sheet.png"])
+def test_a_place_for_no_picture_is_named(tmp_path, name):
+    with pytest.raises(ConfigError, match=rf"as \.png, \.jpg, \.jpeg into a folder that exists; got .*{name}: choose"):
+        save_picture(Image.new("RGB", (4, 3)), tmp_path / name)

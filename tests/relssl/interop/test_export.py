@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from pipelines.errors import ConfigError, MissingExtraError, RunError
+from pipelines.errors import ConfigError, InputError, MissingExtraError, RunError
 from relssl import load_backbone as load
 from relssl.config import recipe_from
 from relssl.evaluate import evaluate_knn, open_weights
@@ -194,6 +195,28 @@ def test_a_file_that_is_not_the_network_is_not_kept(tmp_path, monkeypatch, fault
         export(run, tmp_path / "out.safetensors", "safetensors", force=True)
     assert (tmp_path / "out.safetensors").read_text() == "what was there"
     assert not [p for p in tmp_path.iterdir() if "writing" in p.name or p.suffix == ".md"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_weights_whose_card_cannot_be_written_are_not_kept(tmp_path, exists) -> None:
+    run, out = run_of(tmp_path, {"name": "conv4"}), tmp_path / "out.safetensors"
+    if exists:
+        out.write_text("what was there")
+    (run / "results.json").write_text("damaged")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"results\.json is not a results file"):
+        export(run, out, "safetensors", force=True)
+    assert sorted(tmp_path.iterdir()) == before
+    assert not exists or out.read_text() == "what was there"
+
+
+def test_a_card_tells_the_hash_of_the_file_beside_it(tmp_path) -> None:
+    done = export(run_of(tmp_path, {"name": "conv4"}), tmp_path / "out.safetensors", "safetensors")
+    card = done.card.read_text()
+    assert hashlib.sha256(done.path.read_bytes()).hexdigest() in card
+    assert "| file | `out.safetensors`" in card
+    assert "writing" not in card
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out.safetensors", "out.safetensors.md"]
 
 
 def test_a_dead_backbone_is_no_export(tmp_path) -> None:

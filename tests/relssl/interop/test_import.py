@@ -24,6 +24,7 @@ from typer.main import get_command
 
 import relssl
 from pipelines.errors import ConfigError, InputError
+from relssl.cli import run as command
 from relssl.compare import compare
 from relssl.evaluate import evaluate_knn, open_weights
 from relssl.interop import haiku, import_checkpoint
@@ -34,6 +35,7 @@ from relssl.interop.keys import backbone_shapes, identify
 from relssl.nets import build_backbone
 from relssl.nets.resnet import BasicBlock, Bottleneck, ResNet
 from relssl.recipes import list_recipes
+from relssl.report import protocol_text
 from relssl.runfolder import read_results
 from relssl.weights import load_backbone
 from tests.relssl import golden, tiny
@@ -342,6 +344,30 @@ def test_byols_named_tuple_of_flat_mappings(tmp_path, foreign_modules, function)
     assert torch.equal(target["conv1.weight"], 2 * expected["conv1.weight"])
 
 
+class MadeOtherwise:
+    """As JAX writes an array, but with another function to make it."""
+
+    def __init__(self, make: Any, function: Any) -> None:
+        self.make, self.function = make, function
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        last = {"weak_type": False} if self.function is _reconstruct_array else None
+        return self.function, (self.make, ((2,), "f4"), np.zeros(2, np.float32).__reduce__()[2], last)
+
+
+@pytest.mark.parametrize("function", [_create_array, _reconstruct_array])
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [(np.ndarray, "numpy.ndarray"), (np.dtype, "numpy.dtype"), ("a word", "<class 'str'>"), (dict, "dict")],
+)
+def test_arrays_are_made_by_numpys_function_alone(tmp_path, foreign_modules, function, make, named) -> None:
+    foreign_modules("dill._dill", _create_array=_create_array)
+    foreign_modules("jax._src.array", _reconstruct_array=_reconstruct_array)
+    file = originals.write_pickle(tmp_path / "x.pkl", {"experiment_state": MadeOtherwise(make, function)})
+    with pytest.raises(InputError, match=rf"refused: this pickle asks for .*{named}"):
+        import_checkpoint(file)
+
+
 # -- strictness
 
 
@@ -626,6 +652,9 @@ def test_the_file_is_evaluated_like_a_run(tmp_path) -> None:
     (entry,) = evaluate_knn(weights, train, test, k=5)
     assert entry["imported"]["sha256"] == found.imported["sha256"]
     assert (entry["epochs"], entry["train_seed"], entry["global_batch"]) == (10, None, 64)
+    assert entry["pretrained_on"] is None
+    unknown = "imported from theirs.tar, which does not say on what it was pre-trained; neighbours from train.beton"
+    assert unknown in protocol_text(entry)
     contents["backbone"]["layer1.conv.weight"] *= 2
     other = originals.write(tmp_path / "others.tar", contents)
     import_backbone(other, tmp_path / "weights" / "b.safetensors", recipe="relational/cifar10_cpu", epoch=10)
@@ -637,6 +666,19 @@ def test_the_file_is_evaluated_like_a_run(tmp_path) -> None:
     assert not net.training
     with torch.no_grad():
         assert_same(net(images(32)), originals.conv4_features(originals.relational("conv4")["backbone"], images(32)))
+
+
+def test_the_command_does_not_call_imported_weights_random(tmp_path, capsys) -> None:
+    out = tmp_path / "b.safetensors"
+    file = originals.write(tmp_path / "theirs.tar", originals.relational("conv4"))
+    import_backbone(file, out, recipe="relational/cifar10_cpu", epoch=10)
+    data = [str(tiny.write_data(tmp_path / f"{name}.beton", seed=i)) for i, name in enumerate(("train", "test"))]
+    for more, told in (
+        ([], "imported from theirs.tar, which does not say on what it was pre-trained; neighbours from train.beton"),
+        (["--random-init"], "random weights; neighbours from train.beton"),
+    ):
+        assert command(["eval", "knn", "--weights", str(out), "--train", data[0], "--test", data[1], *more]) == 0
+        assert f"\n{told}; tested on test.beton\n" in capsys.readouterr().out
 
 
 def test_an_unknown_number_of_epochs_is_no_random_network(tmp_path) -> None:

@@ -21,6 +21,7 @@ from relssl.interop.foreign import open_foreign
 from relssl.interop.importing import choose_recipe
 from relssl.interop.resume import import_run, state_of_optimizer
 from relssl.methods.base import DataInfo
+from relssl.report import protocol_text
 from relssl.runfolder import RunFolder
 from relssl.train import train
 from tests.relssl import tiny
@@ -216,6 +217,8 @@ def test_a_continued_run_says_where_it_comes_from(tmp_path) -> None:
     assert weights.imported == told
     (entry,) = evaluate_knn(weights, tmp_path / "train.beton", tmp_path / "test.beton", k=5)
     assert (entry["imported"]["file"], entry["train_seed"]) == ("theirs.pth", None)
+    assert entry["pretrained_on"] == "train.beton"
+    assert "; continued from theirs.pth on train.beton; neighbours from train.beton" in protocol_text(entry)
 
 
 # -- what cannot go on
