@@ -95,6 +95,7 @@ class ViewLoader:
         workers: int | None = None,
         max_unreadable: float = 0.01,
         shuffle: bool = True,
+        least_share: int | None = None,
     ):
         self.phases = _checked_phases(phases)
         self.global_batch, self.num_micro = global_batch, num_micro
@@ -116,7 +117,7 @@ class ViewLoader:
                 global_batch,
                 drop_last=drop_last,
                 shares=world_size * num_micro,
-                least_share=2 if shuffle else 0,
+                least_share=(2 if shuffle else 0) if least_share is None else least_share,
             )
             workers = default_workers() if workers is None else workers
             self.engine_name, self.engine_reason = choose_engine(engine, self.files, self.device, workers)

@@ -16,6 +16,7 @@ import operator
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from pipelines.errors import RunError
 _MASK = (1 << 64) - 1
 _START = 0x72656C73736C2121  # any number unlike a key, or mix(1) and mix() would meet
 _is_alone = False
+PATIENCE = timedelta(hours=2)  # of processes that wait for each other: the main one may be clustering
 
 
 def mix(*keys: int | str) -> int:
@@ -135,6 +137,23 @@ def gather(x: Tensor, grad: bool = False) -> Tensor:
     if grad:
         return _Gather.apply(x)
     return _all_gather(x.detach())
+
+
+def gather_batch(x: Tensor, num_rows: int) -> Tensor:
+    """The rows of a global batch in position order, from the `local_slice` of it that every rank holds.
+
+    Args:
+        x: (about num_rows / W, ...), rows at the positions rank, rank + W, ...
+        num_rows: of the global batch.
+
+    Returns:
+        (num_rows, ...) without gradient, identical on every rank; `x` itself in a world of size 1.
+    """
+    if world_size() == 1:
+        return x.detach()
+    share = -(-num_rows // world_size())
+    padded = torch.cat([x, x.new_zeros((share - len(x), *x.shape[1:]))])
+    return gather(padded).unflatten(0, (world_size(), share)).transpose(0, 1).flatten(0, 1)[:num_rows]
 
 
 def _all_gather(x: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import timedelta
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
@@ -52,7 +51,6 @@ EXIT_REQUEUE = 75
 _AGREE_EVERY = 5  # updates between agreements of several ranks to stop: launchers wait 30 s before they kill
 _ESTIMATE_UPDATES = 3  # the first warms up, the others are timed
 _ESTIMATE_FROM = 50  # shorter runs are over before an estimate would pay
-_PATIENCE = timedelta(hours=2)  # of processes that wait for each other: the main one may be clustering
 _UNREADABLE = 0.01  # share of the images, as the loader allows in training
 _A_MOMENT = 0.3  # seconds: `relssl eval --follow` looks at the lock now and then
 _WORTH_A_LINE = 2.0  # seconds of preparing an epoch
@@ -81,7 +79,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, command: str = "re
     if recipe.train.tensorboard and find_spec("tensorboard") is None:
         raise MissingExtraError("train.tensorboard needs TensorBoard: install the extra `track`, or set it to false")
     # Accelerate reads this variable only in Accelerator itself, and the first state made decides on the processes.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=dist.PATIENCE)
     accelerator = Accelerator(
         mixed_precision=mixed_precision(recipe.train.precision, state.device),
         log_with="tensorboard" if recipe.train.tensorboard else None,

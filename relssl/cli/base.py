@@ -74,9 +74,10 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
 
 def command_line() -> str:
     """The command that runs, as it can be typed again."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and arguments[:1] == ["train"]:
-        processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        return shlex.join(["torchrun", "--nproc_per_node", processes, "-m", "relssl.train", *arguments[1:]])
+    if "TORCHELASTIC_RUN_ID" in os.environ and arguments[:1] in (["train"], ["eval"]):
+        launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m"]
+        module = ["relssl.train"] if arguments[0] == "train" else ["relssl", "eval"]
+        return shlex.join([*launcher, *module, *arguments[1:]])
     return shlex.join(["relssl", *arguments])
 
 

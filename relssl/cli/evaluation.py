@@ -8,10 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, RelsslError
 from relssl.cli.base import Device, command_line, load, set_up_log, whole_numbers
 
-eval_app = typer.Typer(help="Evaluate a backbone: by a paper's protocol, or quickly.", no_args_is_help=True)
+eval_app = typer.Typer(
+    help="Evaluate a backbone: by a paper's protocol, or quickly. With several GPUs: accelerate launch -m relssl eval",
+    no_args_is_help=True,
+)
 
 WeightsOption = Annotated[
     Path | None, typer.Option("--weights", help="run folder, one of its checkpoints, or backbone.safetensors")
@@ -225,7 +228,9 @@ def run_evaluation(
         raise ConfigError("--follow evaluates checkpoints and --random-init none of them; give one")
     set_up_log()
     other = None if recipe is None else load(recipe, None)
+    from relssl import dist
     from relssl.evaluate import evaluated_as, follow_run, open_weights
+    from relssl.evaluate.processes import join_processes
 
     def entries_of(chosen: Any) -> list[dict[str, Any]]:
         return evaluate(chosen if other is None else evaluated_as(chosen, other))
@@ -233,6 +238,7 @@ def run_evaluation(
     def say(entries: Sequence[dict[str, Any]]) -> None:
         typer.echo("\n".join([_found(entries), *(line for entry in entries for line in details(entry))]))
 
+    join_processes(evaluator, follows=follow is not None)
     try:
         if follow is not None:
             count = follow_run(
@@ -244,13 +250,28 @@ def run_evaluation(
         assert weights is not None
         chosen = open_weights(weights, random_init=random_init)
         entries = entries_of(chosen)
-        say(entries)
-        typer.echo(_data(entries[0]))
-        _say_where(chosen.folder)
+        if dist.rank() == 0:
+            say(entries)
+            typer.echo(_data(entries[0]))
+            _say_where(chosen.folder)
     except KeyboardInterrupt:
         left = "" if follow is None else "; the same command goes on with the checkpoints that are left"
         typer.echo(f"relssl: interrupted; what was written before is kept{left}", err=True)
+        _leave_others(130)
         raise typer.Exit(130) from None
+    except RelsslError as error:
+        if dist.world_size() > 1:
+            typer.echo(f"relssl: {error}", err=True)
+            _leave_others(error.exit_code)
+        raise
+
+
+def _leave_others(code: int) -> None:
+    """End this one of several processes: the others may wait for it where it will never come."""
+    from relssl import dist
+
+    if dist.world_size() > 1:
+        dist.shutdown(code, agreed=False)
 
 
 def _say_where(folder: Path) -> None:

@@ -68,7 +68,13 @@ def finetune_on(task: Task, settings: FinetuneProtocol, seed: int) -> FinetuneRe
     specs = task.training_views(settings.crop) if settings.augment else [task.view]
     backbone: Any = task.backbone.float()
     with (
-        task.shuffled(specs, settings.batch_size, mix(seed, "finetune") >> 1, drop_last=settings.drop_last) as train,
+        task.shuffled(
+            specs,
+            settings.batch_size,
+            mix(seed, "finetune") >> 1,
+            drop_last=settings.drop_last,
+            least_batch=2,  # of one image there are no batch statistics
+        ) as train,
         task.unaugmented("test") as test,
     ):
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from pipelines.errors import ConfigError, InputError
+from relssl import dist
 from relssl.dist import mix
 from relssl.encode import feature_batches
 from relssl.evaluate.task import ALL, Portion, Task
@@ -63,15 +64,16 @@ def evaluate_linear(
         results = []
         for seed in seeds:
             result = linear_on(task, settings, seed)
-            save_head(
-                task.place_for("head", None if settings == own else settings.name, seed),
-                result,
-                classes=task.sets["train"].classes,
-                backbone=weights.recipe.backbone.name,
-                protocol=settings,
-                seed=seed,
-                extra=origin_of_head(task, weights, "linear"),
-            )
+            if dist.rank() == 0:
+                save_head(
+                    task.place_for("head", None if settings == own else settings.name, seed),
+                    result,
+                    classes=task.sets["train"].classes,
+                    backbone=weights.recipe.backbone.name,
+                    protocol=settings,
+                    seed=seed,
+                    extra=origin_of_head(task, weights, "linear"),
+                )
             results.append(result)
         return task.write(
             "linear",
@@ -173,8 +175,8 @@ def linear_on(task: Task, settings: LinearProtocol, seed: int) -> LinearResult:
 
         def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
             loader.set_position(epoch, 0)
-            for features, _, label in feature_batches(task.backbone, loader):
-                yield features.float(), label
+            for size, (features, _, label) in zip(loader.sizes, feature_batches(task.backbone, loader), strict=True):
+                yield dist.gather_batch(features.float(), size), dist.gather_batch(label, size)
 
         return _train_probe(task, batches, loader.updates_per_epoch, test, settings, seed)
 

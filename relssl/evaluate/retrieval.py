@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import ConfigError
+from relssl import dist
 from relssl.evaluate.task import ALL, Portion, Task
 from relssl.evaluate.weights import Weights
 from relssl.evaluators.features import check_k, normalise, summarise, top_neighbours
@@ -60,7 +61,8 @@ def evaluate_retrieval(
         found = retrieval_scores(query_x, query_y, **gallery, k=k, class_names=task.sets["test"].classes)
         extra: dict[str, Any] = {"scores": as_scores(found)}
         if num_queries:
-            _draw(task, query_x, gallery_x, within, found, place, num_queries)
+            if dist.rank() == 0:
+                _draw(task, query_x, gallery_x, within, found, place, num_queries)
             extra["picture"] = str(place)
         protocol = {"name": f"among the {'test' if within else 'training'} images", "k": list(k)}
         return task.write("retrieval", [], [], protocol, [], command, extra)

@@ -20,6 +20,7 @@ from pipelines.errors import ConfigError, InputError
 from pipelines.loader import ViewLoader
 from pipelines.subset import Subset, balanced, listed
 from pipelines.views import ViewSpec
+from relssl import dist
 from relssl.encode import encode, feature_loader, frozen_copy
 from relssl.evaluate.weights import Weights
 from relssl.evaluators.features import no_label, summarise
@@ -182,29 +183,35 @@ class Task:
         plain: dict[str, Any] = {"interpolation": "bicubic", "antialias": False} if crop == "byol" else {}
         return [ViewSpec("image", self.view.size, box={kind: {}}, flip=0.5, normalize=self.view.normalize, **plain)]
 
-    def shuffled(self, specs: list[ViewSpec], batch_size: int, seed: int, *, drop_last: bool) -> ViewLoader:
-        """A loader of training views in an order of its own in every epoch; the caller closes it.
+    def shuffled(
+        self, specs: list[ViewSpec], batch_size: int, seed: int, *, drop_last: bool, least_batch: int = 1
+    ) -> ViewLoader:
+        """A loader of training views in an order of its own in every epoch, shared out among the processes.
 
-        Without `drop_last` the last batch of an epoch is smaller, but none is of one image, of which there are no batch
-        statistics: that image, another one in each epoch, is left out.
+        The caller closes it. Without `drop_last` the last batch of an epoch is smaller; one of fewer images than
+        `least_batch` (in each process), others in each epoch, is left out, and the log says so.
 
         Raises:
-            InputError: there is one training image only.
+            InputError: there are fewer training images than that in all.
         """
-        files, data = self.sets["train"], self.weights.recipe.data
-        if len(files) < 2:
+        files, data, world = self.sets["train"], self.weights.recipe.data, dist.world_size()
+        least = least_batch * world
+        if len(files) < least:
             raise InputError(
-                f"{self.names['train']}: {len(files)} image to train on ({self.portion}), and a batch needs at least "
-                "two. Give more labelled images"
+                f"{self.names['train']}: {len(files)} image(s) to train on ({self.portion}), and a batch needs at "
+                f"least {least}. Give more labelled images"
             )
+        rest = len(files) % batch_size
         if len(files) < batch_size:
             log.info("note: one batch of %d images, all there are, instead of %d", len(files), batch_size)
-        elif len(files) % batch_size == 1 and not drop_last:
+        elif 0 < rest < least and not drop_last:
             log.info(
-                "note: batches of %d leave one of %d images over, another in each epoch; it is left out, for there are "
-                "no batch statistics of one image",
+                "note: batches of %d leave %d of %d images over, others in each epoch; they are left out, for a batch "
+                "needs at least %d",
                 batch_size,
+                rest,
                 len(files),
+                least,
             )
         return ViewLoader(
             files,
@@ -214,8 +221,11 @@ class Task:
             resize=data.resize,
             device=self.device,
             seed=seed,
+            rank=dist.rank(),
+            world_size=world,
             drop_last=drop_last,
             workers=data.workers,
+            least_share=least_batch,
         )
 
     def place_for(self, kind: str, protocol: str | None, seed: int) -> Path:
@@ -320,7 +330,7 @@ class Task:
             **(extra or {}),
         }
         entry.update(_of_imported(self.weights))
-        return RunFolder(self.weights.folder).add_result(entry)
+        return RunFolder(self.weights.folder).add_result(entry) if dist.rank() == 0 else entry
 
 
 def _of_imported(weights: Weights) -> dict[str, Any]:

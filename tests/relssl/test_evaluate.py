@@ -24,6 +24,7 @@ from relssl import checkpoint
 from relssl.cli import run as command
 from relssl.compare import compare
 from relssl.config import load_recipe
+from relssl.encode import feature_batches
 from relssl.evaluate import (
     Portion,
     evaluate_finetune,
@@ -197,18 +198,30 @@ def test_finetuning_goes_without_a_rest_of_one_image(run, caplog, augment):
     with caplog.at_level("INFO", logger="relssl.evaluate"):
         entry = finetune(run, options=options)
     assert entry["num_train"] == 48
-    assert "note: batches of 47 leave one of 48 images over, another in each epoch; it is left out" in caplog.text
+    assert "note: batches of 47 leave 1 of 48 images over, others in each epoch; they are left out" in caplog.text
     caplog.clear()
     finetune(run, options={**options, "drop_last": True})
     finetune(run, options={**options, "batch_size": 46})
     assert "left out" not in caplog.text
 
 
+def test_a_linear_probe_takes_a_rest_of_one_image(run, monkeypatch):
+    """Its backbone is frozen: no batch statistics are taken."""
+    sizes = []
+    monkeypatch.setattr(
+        "relssl.evaluate.linear.feature_batches",
+        lambda backbone, loader: (sizes.append(len(batch[2])) or batch for batch in feature_batches(backbone, loader)),
+    )
+    options = {"epochs": 1, "batch_size": 47}
+    evaluate_linear(open_weights(run), protocol="ressl_small", options=options, device="cpu")
+    assert sizes == [47, 1, 47, 1]  # two seeds
+
+
 @pytest.mark.parametrize("augment", [False, True])
 def test_one_image_is_nothing_to_finetune_on(run, tmp_path, augment):
     one = tiny.write_data(tmp_path / "one.beton", count=1)
     with pytest.raises(
-        InputError, match=r"one\.beton: 1 image to train on \(all\), and a batch needs at least two\. Give"
+        InputError, match=r"one\.beton: 1 image\(s\) to train on \(all\), and a batch needs at least 2\. Give"
     ):
         finetune(run, options={**QUICK, "augment": augment}, train=one, test=one)
 
