@@ -34,7 +34,7 @@ RESULTS_FORMAT = 1
 # What tells one entry of results.json from another.
 _IDENTITY = (
     *("evaluator", "weights", "weights_file", "epochs", "update", "protocol", "seeds"),
-    *("train", "test", "subset", "view", "data"),
+    *("train", "test", "subset", "view", "training_views", "data"),
 )
 
 

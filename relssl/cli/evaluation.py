@@ -89,7 +89,7 @@ def eval_linear(
     options, chosen_seeds = settings_of(setting), seeds_of(seeds)
     if head:
         given: dict[str, Any] = {"--train": train, "--protocol": protocol, "--setting": setting, "--seeds": seeds}
-        given |= {"--percent": percent, "--subset": subset, "--follow": follow}
+        given |= {"--percent": percent, "--subset": subset, "--draw": draw or None, "--follow": follow}
         if useless := [name for name, value in given.items() if value is not None]:
             raise ConfigError(f"--head tests what was trained before; leave {', '.join(useless)} out")
 
@@ -171,6 +171,8 @@ def eval_retrieval(
 ) -> None:
     """Image retrieval: mAP, recall@k, and a picture of queries with their neighbours."""
     ks = whole_numbers(k, "--k")
+    if follow is not None and sheet is not None:
+        raise ConfigError("--follow draws a picture for each checkpoint, beside the run; leave --sheet out")
 
     def evaluate(chosen: Any) -> list[dict[str, Any]]:
         from relssl.evaluate import Portion, evaluate_retrieval
@@ -318,4 +320,5 @@ def _data(entry: dict[str, Any]) -> str:
     )
     trained = "" if entry["train"] is None else f"; {use} {entry['train']}{subset}"
     picture = "" if entry.get("picture") is None else f"\npicture: {entry['picture']}"
+    picture += f"\nsaved: {', '.join(entry['saved'])}" if entry.get("saved") else ""
     return f"{pretraining_text(entry)}{trained}; tested on {entry['test']}{picture}"

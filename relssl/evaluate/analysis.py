@@ -1,7 +1,7 @@
 """What the features of a backbone look like: numbers that need no labels, and what a linear classifier confuses.
 
 Numbers go into results.json, pictures and tables into the folder `analysis` of the run (`analysis-random` for its
-initial weights); `relssl report` shows both.
+initial weights, a name that tells what differs for other data); `relssl report` shows both.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def analyse(
     chosen_map = None if map_kind is None else choose_map(map_kind)
     start = perf_counter()
     with Task(weights, train, test, device, needs_labels=False) as task:
-        folder = weights.folder / "-".join(["analysis", *weights.tags])
+        folder = weights.folder / task.name_for("analysis")
         folder.mkdir(exist_ok=True)
         found: dict[str, Any] = {"label_free": _label_free(task), "files": {}}
         if task.labelled:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pipelines.loader import ViewLoader
+from pipelines.views import ViewSpec
 from relssl.dist import mix
 from relssl.evaluate.linear import origin_of_head, progress_lines
 from relssl.evaluate.task import ALL, Portion, Task
@@ -48,10 +49,12 @@ def evaluate_finetune(
         settings = finetune_protocol(protocol, **(options or {}))
     seeds = list(seeds if seeds is not None else chosen.seeds)
     with Task(weights, train, test, device, portion=portion) as task:
+        views = task.training_views(settings.crop) if settings.augment else None
+        places = [task.place_for("finetuned", settings, own, seed) for seed in seeds]
         results = []
-        for seed in seeds:
+        for seed, place in zip(seeds, places, strict=True):
             result = finetune_on(task, settings, seed)
-            _save(task, result, settings, None if settings == own else settings.name, seed)
+            _save(task, result, settings, place, seed, views)
             results.append(result)
         return task.write(
             "finetune",
@@ -60,6 +63,8 @@ def evaluate_finetune(
             settings.model_dump(mode="json"),
             seeds,
             command,
+            {"saved": [place.name for place in places]},
+            training_views=views,
         )
 
 
@@ -106,10 +111,16 @@ def _images(loader: ViewLoader) -> Iterable[tuple[Tensor, Tensor]]:
         yield view, batch.label
 
 
-def _save(task: Task, result: FinetuneResult, settings: FinetuneProtocol, name: str | None, seed: int) -> None:
+def _save(
+    task: Task,
+    result: FinetuneResult,
+    settings: FinetuneProtocol,
+    place: Path,
+    seed: int,
+    views: Sequence[ViewSpec] | None,
+) -> None:
     """The backbone, and beside it its head."""
     weights = task.weights
-    place = task.place_for("finetuned", name, seed)
     save_backbone(place, result.backbone, weights.recipe, weights.epochs, origin="finetuned", imported=weights.imported)
     save_head(
         place.with_name(place.name.replace("finetuned", "finetuned-head", 1)),
@@ -118,5 +129,5 @@ def _save(task: Task, result: FinetuneResult, settings: FinetuneProtocol, name: 
         backbone=weights.recipe.backbone.name,
         protocol=settings,
         seed=seed,
-        extra={**origin_of_head(task, weights, "finetune"), "weights": digest_of(result.backbone)},
+        extra={**origin_of_head(task, weights, "finetune", views), "weights": digest_of(result.backbone)},
     )

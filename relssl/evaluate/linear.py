@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from pipelines.errors import ConfigError, InputError
+from pipelines.views import ViewSpec
 from relssl import dist
 from relssl.dist import mix
 from relssl.encode import feature_batches
-from relssl.evaluate.task import ALL, Portion, Task
+from relssl.evaluate.task import ALL, Portion, Task, view_text
 from relssl.evaluate.weights import Weights
 from relssl.evaluators.linear import (
     LinearProtocol,
@@ -61,18 +63,20 @@ def evaluate_linear(
         settings = linear_protocol(protocol, **(options or {}))
     seeds = list(seeds if seeds is not None else chosen.seeds)
     with Task(weights, train, test, device, portion=portion) as task:
+        views = task.training_views(settings.crop) if settings.augment else None
+        places = [task.place_for("head", settings, own, seed) for seed in seeds]
         results = []
-        for seed in seeds:
+        for seed, place in zip(seeds, places, strict=True):
             result = linear_on(task, settings, seed)
             if dist.rank() == 0:
                 save_head(
-                    task.place_for("head", None if settings == own else settings.name, seed),
+                    place,
                     result,
                     classes=task.sets["train"].classes,
                     backbone=weights.recipe.backbone.name,
                     protocol=settings,
                     seed=seed,
-                    extra=origin_of_head(task, weights, "linear"),
+                    extra=origin_of_head(task, weights, "linear", views),
                 )
             results.append(result)
         return task.write(
@@ -82,10 +86,14 @@ def evaluate_linear(
             settings.model_dump(mode="json"),
             seeds,
             command,
+            {"saved": [place.name for place in places]},
+            training_views=views,
         )
 
 
-def origin_of_head(task: Task, weights: Weights, evaluator: str) -> dict[str, Any]:
+def origin_of_head(
+    task: Task, weights: Weights, evaluator: str, training_views: Sequence[ViewSpec] | None
+) -> dict[str, Any]:
     """What a saved head says of the weights and the images that it was trained on."""
     return {
         "evaluator": evaluator,
@@ -93,6 +101,8 @@ def origin_of_head(task: Task, weights: Weights, evaluator: str) -> dict[str, An
         "train": task.names["train"],
         "num_train": len(task.sets["train"]),
         "subset": None if task.portion.is_all else str(task.portion),
+        "view": view_text(task.view),
+        "training_views": None if training_views is None else [view_text(spec) for spec in training_views],
     }
 
 
@@ -108,7 +118,7 @@ def evaluate_heads(
 
     Raises:
         InputError: a head of other weights, of another backbone, of other classes, or no head at all.
-        ConfigError: heads of different protocols.
+        ConfigError: heads of different protocols, or two of one seed.
     """
     loaded = [(path, *load_head(path)) for path in heads]
     abouts = [about for *_, about in loaded]
@@ -118,6 +128,10 @@ def evaluate_heads(
             f"these heads were trained by different protocols, {abouts[0]['protocol']['name']} and "
             f"{different[0]['name']}; test them one by one"
         )
+    seeds = [about["seed"] for about in abouts]
+    if len(set(seeds)) < len(seeds):
+        twice = next(seed for seed in seeds if seeds.count(seed) > 1)
+        raise ConfigError(f"two of these heads are of seed {twice}; a spread is over heads of different seeds")
     with Task(weights, None, test, device, trains=False) as task:
         for path, _, _, about in loaded:
             _check_head(path, about, weights, task)
@@ -125,13 +139,13 @@ def evaluate_heads(
         scores = [head_accuracy(features, labels, weight, bias) for _, weight, bias, _ in loaded]
         first = abouts[0]
         protocol = {**first["protocol"], "name": f"{first['protocol']['name']}, saved head"}
-        came_from = {key: first.get(key) for key in ("train", "num_train", "subset")}
+        came_from = {key: first.get(key) for key in ("train", "num_train", "subset", "training_views")}
         return task.write(
             str(first.get("evaluator", "linear")),
             [float(score["top1"] or 0.0) for score in scores],
             [score["top5"] for score in scores],
             protocol,
-            [about["seed"] for about in abouts],
+            seeds,
             command,
             came_from,
         )
@@ -154,12 +168,22 @@ def _check_head(path: Path, about: dict[str, Any], weights: Weights, task: Task)
             f"{path} was trained on other weights of {backbone} than these; give the run or the file that it came "
             "from with --weights"
         )
+    view = json.loads(json.dumps(view_text(task.view)))
+    if about.get("view") not in (None, view):
+        raise InputError(
+            f"{path} was trained on images prepared as {_differing(about['view'], view)}, and these are prepared as "
+            f"{_differing(view, about['view'])}; give the --recipe that it was trained with"
+        )
     classes, expected = task.sets["test"].classes, about.get("classes")
     if classes and expected and list(classes) != list(expected):
         raise InputError(
             f"{path} tells {len(expected)} classes apart ({', '.join(expected[:5])}, ...) and {task.names['test']} has "
             f"{len(classes)} ({', '.join(classes[:5])}, ...)"
         )
+
+
+def _differing(view: dict[str, Any], other: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in view.items() if other.get(key) != value)
 
 
 def linear_on(task: Task, settings: LinearProtocol, seed: int) -> LinearResult:

@@ -42,17 +42,17 @@ def evaluate_retrieval(
     Args:
         k: of recall@k.
         within: no gallery: each test image is looked up among the other test images.
-        sheet: where to draw some queries with their neighbours; `retrieval.png` beside the weights when None
-            (`retrieval-random.png`, `retrieval-within.png`).
+        sheet: where to draw some queries with their neighbours; beside the weights when None: `retrieval.png` for the
+            recipe's own data, else a name that tells what differs.
         num_queries: how many, evenly spaced over the test images; 0 draws none.
     """
     if within and (train is not None or not portion.is_all):
         raise ConfigError("--within looks test images up among themselves; leave --train, --percent and --subset out")
-    place = sheet or weights.folder / _sheet_name(weights, within)
-    if num_queries:
-        check_place(place)
+    if num_queries and sheet is not None:
+        check_place(sheet)
     with Task(weights, train, test, device, portion=portion, trains=not within) as task:
         where = "test" if within else "train"
+        place = sheet or weights.folder / f"{task.name_for('retrieval', 'within' if within else '')}.png"
         _check(task, where, k)
         (query_x, query_y), (gallery_x, gallery_y) = task.features("test"), task.features(where)
         query_x, gallery_x = query_x.to(task.device), gallery_x.to(task.device)
@@ -81,10 +81,6 @@ def as_scores(found: RetrievalScores) -> dict[str, Any]:
     """As results.json holds them: `mAP`, `R@1`, ..."""
     recall = {f"R@{k}": summarise([value]) for k, value in found["recall"].items()}
     return {"mAP": summarise([found["map"]]), **recall}
-
-
-def _sheet_name(weights: Weights, within: bool) -> str:
-    return "-".join(["retrieval", *weights.tags, *(["within"] if within else [])]) + ".png"
 
 
 def _draw(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from pipelines import beton
@@ -107,8 +109,10 @@ class Task:
         places: dict[str, Any] = {"train": train or data.probe or data.train} if trains else {}
         if test_place is not None:
             places["test"] = test_place
+        self.places = places
         self.opened: dict[str, Any] = {}
         self.num_classes = 0
+        self._training_views: dict[Crop, list[ViewSpec]] = {}
         self._features: dict[str, tuple[Tensor, Tensor]] = {}
         try:
             self._open(places, needs_labels)
@@ -171,6 +175,11 @@ class Task:
     def training_views(self, crop: Crop) -> list[ViewSpec]:
         """The augmented view that a protocol trains on: the recipe's plan, unless there is none or it crops as another
         protocol does; then the protocol's crop, with its default scale, and flips."""
+        if crop not in self._training_views:
+            self._training_views[crop] = self._find_training_views(crop)
+        return self._training_views[crop]
+
+    def _find_training_views(self, crop: Crop) -> list[ViewSpec]:
         kind, other = ("random_resized", "byol") if crop == "torchvision" else ("byol", "random_resized")
         own = self.weights.recipe.linear_specs()
         if own is not None and all(spec.box_kind != other for spec in own):
@@ -228,26 +237,57 @@ class Task:
             least_share=least_batch,
         )
 
-    def place_for(self, kind: str, protocol: str | None, seed: int) -> Path:
-        """Where a file of one seed goes, such as `head-seed0.safetensors`. What differs from the recipe is in the name,
-        so that no evaluation overwrites the file of another.
+    def name_for(self, kind: str, *told: str, untold: Sequence[Any] = (), seed: int | None = None) -> str:
+        """The name, without a suffix, of what an evaluation leaves in the folder, such as `head-seed0`.
+
+        What differs from the recipe is in it, in words or by a digest, so that no evaluation overwrites the file of
+        another.
 
         Args:
-            protocol: its name; None for the recipe's own.
+            told: what else it says in words.
+            untold: what else tells it from others.
         """
-        weights = self.weights
-        own_data = weights.recipe.data
-        own_train = _short(own_data.probe or own_data.train)
+        untold = [*untold, *self._untold()]
+        digest = blake2b(json.dumps(untold, sort_keys=True).encode(), digest_size=4).hexdigest() if untold else ""
+        other_train = "train" in self.opened and not self._is_own("train")
         parts = [
             kind,
-            *weights.tags,
-            "" if protocol is None else protocol.replace(" (changed)", "-changed"),
-            "" if self.names["train"] == own_train else Path(self.names["train"]).stem,
+            *self.weights.tags,
+            *told,
+            Path(self.names["train"]).stem if other_train else "",
             self.portion.tag,
-            f"seed{seed}",
+            digest,
+            "" if seed is None else f"seed{seed}",
         ]
-        name = "-".join(re.sub(r"[^\w.+-]+", "_", part) for part in parts if part)
-        return weights.folder / f"{name}.safetensors"
+        return "-".join(re.sub(r"[^\w.+-]+", "_", part) for part in parts if part)
+
+    def place_for(self, kind: str, protocol: BaseModel, own: BaseModel, seed: int) -> Path:
+        """Where a file of one seed goes.
+
+        Args:
+            protocol: what was used, with a `name`.
+            own: the recipe's.
+        """
+        name = "" if protocol == own else str(getattr(protocol, "name", ""))
+        untold = [protocol.model_dump(mode="json")] if name.endswith(" (changed)") else []
+        told = name.replace(" (changed)", "-changed")
+        return self.weights.folder / f"{self.name_for(kind, told, untold=untold, seed=seed)}.safetensors"
+
+    def _untold(self) -> list[Any]:
+        """What tells this evaluation from others of the recipe, and words do not."""
+        found: list[Any] = [files.content_hash for name, files in self.opened.items() if not self._is_own(name)]
+        if self.portion.listing is not None:
+            found.append(self._chosen())
+        if self.weights.borrowed:
+            recipe = self.weights.recipe
+            found += [recipe.eval.model_dump(mode="json", exclude={"online"}), recipe.eval_spec().normalize]
+        return found
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a data set is that of the recipe."""
+        data = self.weights.recipe.data
+        own = data.test if name == "test" else data.probe or data.train
+        return own is not None and _resolved(own) == _resolved(self.places[name])
 
     def features(self, name: str) -> tuple[Tensor, Tensor]:
         """(N, D) float32 features and (N,) labels of the un-augmented images, extracted once."""
@@ -285,10 +325,12 @@ class Task:
     def _identity(self) -> list[str | None]:
         """Hashes of the data files, and of which training images were chosen."""
         hashes = [files.content_hash for files in self.opened.values()]
+        return hashes if self._chosen() is None else [*hashes, self._chosen()]
+
+    def _chosen(self) -> str | None:
+        """A hash of which training images were chosen; None for all."""
         chosen = self.sets.get("train")
-        if isinstance(chosen, Subset):
-            hashes.append(blake2b(chosen.ids.tobytes(), digest_size=16).hexdigest())
-        return hashes
+        return blake2b(chosen.ids.tobytes(), digest_size=16).hexdigest() if isinstance(chosen, Subset) else None
 
     def write(
         self,
@@ -299,8 +341,14 @@ class Task:
         seeds: list[int],
         command: str,
         extra: dict[str, Any] | None = None,
+        *,
+        training_views: Sequence[ViewSpec] | None = None,
     ) -> dict[str, Any]:
-        """Add an entry to results.json and return it; `extra` goes into it as it is."""
+        """Add an entry to results.json and return it; `extra` goes into it as it is.
+
+        Args:
+            training_views: augmented views that were trained on.
+        """
         recipe = self.weights.recipe
         entry: dict[str, Any] = {
             "evaluator": evaluator,
@@ -317,7 +365,8 @@ class Task:
             "num_train": len(self.sets["train"]) if "train" in self.sets else None,
             "num_test": len(self.sets["test"]) if "test" in self.sets else None,
             "pretrained_on": None if self.weights.origin == "random" else _short(recipe.data.train),
-            "view": _view_as_text(self.view),
+            "view": view_text(self.view),
+            "training_views": None if training_views is None else [view_text(spec) for spec in training_views],
             "backbone": recipe.backbone.name,
             "method": recipe.method_name,
             "epochs": self.weights.epochs,
@@ -351,9 +400,13 @@ def _short(place: str | Path | list[str]) -> str:
     return " + ".join(Path(p).name for p in (place if isinstance(place, list) else [place]))
 
 
-def _view_as_text(spec: ViewSpec) -> dict[str, Any]:
-    """What of an un-augmented view tells it from another."""
-    return {
+def _resolved(place: str | Path | list[str]) -> list[Path]:
+    return [Path(p).resolve() for p in (place if isinstance(place, list) else [place])]
+
+
+def view_text(spec: ViewSpec) -> dict[str, Any]:
+    """What tells a view from another, for results.json; of an un-augmented one the last three are left out."""
+    said = {
         "size": spec.size,
         "box": spec.box_kind,
         **spec.box_options,
@@ -361,6 +414,8 @@ def _view_as_text(spec: ViewSpec) -> dict[str, Any]:
         "antialias": spec.antialias,
         "normalize": spec.normalize,
     }
+    augmented = {"flip": spec.flip, "ops": spec.ops, "mask_p": spec.mask_p}
+    return said | {key: value for key, value in augmented.items() if value}
 
 
 def _some(names: Any) -> str:

@@ -29,7 +29,8 @@ class Weights:
     `update` is that of the checkpoint that it was read from, None for a backbone that is nobody's work in progress.
     Of imported weights, or of a run that continues imported ones, `imported` says where they come from; `epochs` may
     then be unknown. `file` is the name of a weights file that is not its run's own `backbone.safetensors`: fine-tuned
-    or imported ones, of which a folder may hold several.
+    or imported ones, of which a folder may hold several. `borrowed` says that the section `eval` and the normalisation
+    of `recipe` are those of another one.
     """
 
     backbone: nn.Module
@@ -40,6 +41,7 @@ class Weights:
     update: int | None = None
     imported: dict[str, Any] | None = None
     file: str | None = None
+    borrowed: bool = False
 
     @property
     def tags(self) -> list[str]:
@@ -102,7 +104,7 @@ def evaluated_as(weights: Weights, other: Recipe) -> Weights:
     """
     own = weights.recipe
     views = own.views.model_copy(update={"normalize": other.views.normalize})
-    return replace(weights, recipe=own.model_copy(update={"views": views, "eval": other.eval}))
+    return replace(weights, recipe=own.model_copy(update={"views": views, "eval": other.eval}), borrowed=True)
 
 
 def _newest(folder: RunFolder) -> Weights:

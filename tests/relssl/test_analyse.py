@@ -262,11 +262,12 @@ def test_an_analysis_without_labels(capsys, run, tmp_path, monkeypatch):
     arguments = ["--train", data, "--test", data, "--map", "tsne"]
     code, text = relssl(capsys, "eval", "analyse", "--weights", run, *arguments)
     assert code == 0, text
-    assert "files: analysis/map.json, analysis/neighbours.png" in text
+    (folder,) = (path.name for path in run.glob("analysis-unlabelled-*"))
+    assert f"files: {folder}/map.json, {folder}/neighbours.png" in text
     (entry,) = read_results(run)
     assert set(entry["files"]) == {"map", "neighbours"}
     assert "classifier" not in entry
-    assert json.loads((run / "analysis/map.json").read_text())["label"] is None
+    assert json.loads((run / folder / "map.json").read_text())["label"] is None
     page = write_report(run).read_text()
     assert "t-SNE of the features of 48 test images" in page
     assert "Confusions" not in page

@@ -84,6 +84,11 @@ def write_classes(path, labels, side=12, classes=None):
     return path
 
 
+def only(folder, pattern):
+    (place,) = folder.glob(pattern)
+    return place
+
+
 def same_weights(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
@@ -120,7 +125,7 @@ def test_knn_has_a_view_of_its_own(trained, run):
 def test_a_share_of_the_labels(run):
     entry = evaluate_linear(open_weights(run), options=QUICK, seeds=[0], portion=Portion(percent=25, seed=3))
     assert (entry["num_train"], entry["subset"]) == (12, "25 %, draw 3")
-    assert (run / "head-cached-changed-25pct-draw3-seed0.safetensors").is_file()
+    assert only(run, "head-cached-changed-25pct-draw3-*-seed0.safetensors").name == entry["saved"][0]
     (entry,) = evaluate_knn(open_weights(run), portion=Portion(percent=25))
     assert (entry["num_train"], entry["subset"]) == (12, "25 %, draw 0")
 
@@ -175,11 +180,12 @@ def test_finetuning_keeps_weights_and_head(run):
     entry = finetune(run, seeds=[0, 1], portion=Portion(percent=50))
     assert (entry["evaluator"], entry["weights"], entry["num_train"]) == ("finetune", "pretrained", 24)
     assert len(entry["top1"]["values"]) == 2
-    place = run / "finetuned-plain-changed-50pct-draw0-seed0.safetensors"
+    place = only(run, "finetuned-plain-changed-50pct-draw0-*-seed0.safetensors")
+    assert entry["saved"][0] == place.name
     tuned, before = open_weights(place), open_weights(run)
     assert (tuned.origin, tuned.epochs) == ("finetuned", 1)
     assert not same_weights(tuned.backbone, before.backbone)
-    head = run / "finetuned-head-plain-changed-50pct-draw0-seed0.safetensors"
+    head = only(run, "finetuned-head-plain-changed-50pct-draw0-*-seed0.safetensors")
     again = evaluate_heads(tuned, [head])
     assert again["top1"]["values"] == entry["top1"]["values"][:1]
     assert (again["evaluator"], again["weights"], again["subset"]) == ("finetune", "finetuned", "50 %, draw 0")
@@ -230,7 +236,8 @@ def test_finetuning_is_a_function_of_its_seed(run, trained, tmp_path):
     other = Path(shutil.copytree(trained / "run", tmp_path / "other"))
     first, second = finetune(run), finetune(other)
     assert first["top1"] == second["top1"]
-    name = "finetuned-plain-changed-seed0.safetensors"
+    (name,) = first["saved"]
+    assert second["saved"] == [name]
     assert same_weights(open_weights(run / name).backbone, open_weights(other / name).backbone)
     finetune(run, seeds=[1])
     assert not same_weights(
@@ -291,7 +298,7 @@ def test_without_training_views_images_are_as_they_are_tested(run, caplog):
 
 def test_a_saved_head_is_tested_without_training(run, trained, tmp_path, capsys):
     entry = evaluate_linear(open_weights(run), protocol="relational", options={"epochs": 2}, seeds=[0, 1])
-    heads = [run / f"head-relational-changed-seed{seed}.safetensors" for seed in (0, 1)]
+    heads = [only(run, f"head-relational-changed-*-seed{seed}.safetensors") for seed in (0, 1)]
     again = evaluate_heads(open_weights(run), heads)
     assert again["top1"] == entry["top1"]
     assert again["protocol"]["name"] == "relational (changed), saved head"
@@ -301,12 +308,16 @@ def test_a_saved_head_is_tested_without_training(run, trained, tmp_path, capsys)
     assert "trained on train.beton; tested on other.beton" in capsys.readouterr().out
     assert command(["eval", "linear", "--weights", str(run), "--head", str(heads[0]), "--percent", "1"]) == 2
     assert "leave --percent out" in capsys.readouterr().err
+    assert command(["eval", "linear", "--weights", str(run), "--head", str(heads[0]), "--draw", "1"]) == 2
+    assert "leave --draw out" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="two of these heads are of seed 0"):
+        evaluate_heads(open_weights(run), [heads[0], heads[1], heads[0]])
     assert [e["num_test"] for e in read_results(run)] == [48, 48, 20]
 
 
 def test_a_head_of_an_earlier_version_is_believed_beside_its_weights_only(run, tmp_path):
     evaluate_linear(open_weights(run), options=QUICK, seeds=[0])
-    head = run / "head-cached-changed-seed0.safetensors"
+    head = only(run, "head-cached-changed-*-seed0.safetensors")
     weight, bias, about = load_head(head)
     del about["weights"]
     header = {"relssl": json.dumps(about)}
@@ -320,17 +331,78 @@ def test_a_head_of_an_earlier_version_is_believed_beside_its_weights_only(run, t
 def test_a_head_that_does_not_belong_is_refused(run, tmp_path):
     evaluate_linear(open_weights(run), options=QUICK, seeds=[0])
     evaluate_linear(open_weights(run), protocol="relational", options=QUICK, seeds=[0])
-    head = run / "head-cached-changed-seed0.safetensors"
+    head = only(run, "head-cached-changed-*-seed0.safetensors")
     with pytest.raises(InputError, match="was trained on other weights"):
         evaluate_heads(open_weights(run, random_init=True), [head])
     with pytest.raises(ConfigError, match=r"different protocols, cached .* and relational"):
-        evaluate_heads(open_weights(run), [head, run / "head-relational-changed-seed0.safetensors"])
+        evaluate_heads(open_weights(run), [head, only(run, "head-relational-changed-*-seed0.safetensors")])
     three = write_classes(tmp_path / "three.beton", [0, 1, 2] * 4, classes=["a", "b", "c"])
     with pytest.raises(InputError, match=r"tells 2 classes apart \(dark, light, ...\) and three.beton has 3"):
         evaluate_heads(open_weights(run), [head], three)
     unnamed = write_classes(tmp_path / "unnamed.beton", [0, 1, 2] * 4)
     with pytest.raises(InputError, match="label 2 found, but there are only 2 classes"):
         evaluate_heads(open_weights(run), [head], unnamed)
+
+
+def test_a_head_belongs_to_the_view_that_it_was_trained_on(run, trained, tmp_path, capsys):
+    recipe = tiny.recipe(trained, eval__view={"size": 8, "box": "whole"})
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
+    like = ["--recipe", str(tmp_path / "small.yaml")]
+    assert command(["eval", "linear", "--weights", str(run), *like, "--seeds", "0"]) == 0
+    (entry,) = read_results(run)
+    assert f"saved: {entry['saved'][0]}" in capsys.readouterr().out
+    test = ["eval", "linear", "--weights", str(run), "--head", str(run / entry["saved"][0])]
+    assert command(test) == 3
+    assert (
+        "was trained on images prepared as size 8, and these are prepared as size 12; give" in capsys.readouterr().err
+    )
+    assert command([*test, *like]) == 0
+    assert read_results(run)[-1]["top1"]["values"] == entry["top1"]["values"]
+
+
+# -- what one evaluation leaves, another leaves alone
+
+
+def test_evaluations_that_differ_in_anything_leave_files_and_entries_of_their_own(run, trained, tmp_path):
+    other = tiny.write_data(tmp_path / "train.beton", seed=5)  # of the same name
+    plans = [[{"size": 12, "box": {"random_resized": {"scale": [low, 1.0]}}}] for low in (0.1, 0.9)]
+    recipes = [tiny.recipe(trained, eval__linear={"protocol": "ressl_small", "plan": plan}) for plan in plans]
+    for name, recipe in zip("ab", recipes, strict=True):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    calls = [
+        {},
+        {"train": other},
+        {"options": {"lr": 0.1}},
+        {"options": {"lr": 0.001}},
+        {"portion": Portion(50, None, 1)},
+        {"test": other},
+        *({"like": name, "options": {"epochs": 1}} for name in "ab"),
+    ]
+    saved = []
+    for call in calls:
+        weights, like = open_weights(run), call.pop("like", None)
+        if like is not None:
+            weights = evaluated_as(weights, load_recipe(tmp_path / f"{like}.yaml"))
+        saved += evaluate_linear(weights, **call, seeds=[0], device="cpu")["saved"]
+    assert saved[0] == "head-seed0.safetensors"
+    assert len(set(saved)) == len(calls)
+    assert all((run / name).is_file() for name in saved)
+    entries = read_results(run)
+    assert [entry["saved"][0] for entry in entries] == saved
+    assert [entry["training_views"] is None for entry in entries] == [True] * 6 + [False] * 2
+    assert [entry["training_views"][0]["scale"] for entry in entries[6:]] == [[0.1, 1.0], [0.9, 1.0]]
+    evaluate_linear(open_weights(run), trained / "train.beton", trained / "test.beton", seeds=[0])  # named, and its own
+    assert len(read_results(run)) == len(calls)
+
+
+def test_pictures_of_other_data_lie_apart(run, tmp_path, capsys):
+    other = tiny.write_data(tmp_path / "train.beton", seed=5)
+    pictures = [evaluate_retrieval(open_weights(run), train=train)["picture"] for train in (None, other)]
+    assert Path(pictures[0]).name == "retrieval.png"
+    assert len(set(pictures)) == 2
+    assert all(Path(picture).is_file() for picture in pictures)
+    assert command(["eval", "retrieval", "--follow", str(run), "--sheet", str(tmp_path / "s.png")]) == 2
+    assert "leave --sheet out" in capsys.readouterr().err
 
 
 # -- other data
@@ -350,7 +422,7 @@ def test_across_data_sets(run, trained, tmp_path, capsys):
     (entry,) = read_results(run)
     assert (entry["pretrained_on"], entry["train"], entry["test"]) == ("train.beton", "b-train.beton", "b-test.beton")
     assert (entry["view"]["size"], entry["view"]["normalize"][0]) == (16, [0.4, 0.4, 0.4])
-    assert (run / "head-b-train-seed0.safetensors").is_file()
+    assert only(run, "head-b-train-*-seed0.safetensors").name == entry["saved"][0]
     assert "pre-trained on train.beton; trained on b-train.beton" in write_report(run).read_text()
 
 
