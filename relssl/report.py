@@ -415,8 +415,8 @@ def _result_rows(measures: Sequence[_Measure], paper: dict[str, Any] | None) -> 
             if not (before or after):
                 continue
             matches = paper is not None and paper["metric"] == f"{DISPLAY.get(measure.evaluator, '')} {name}"
-            if matches and not paper["reasons"] and measure.evaluator == "linear":  # else each is marked
-                matches = not _own_protocol(measure.any_entry)
+            if comparable and measure.evaluator == "linear":  # else each is marked
+                matches = matches and not _own_protocol(measure.any_entry)
             value = paper["value"] if paper is not None and matches else None
             rows.append(
                 {
