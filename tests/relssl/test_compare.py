@@ -264,6 +264,15 @@ def test_columns_that_only_draws_and_lists_tell_apart(tmp_path):
         assert first[-4:] == ["40.00", "41.00", "42.00", "43.00"]
 
 
+@pytest.mark.parametrize("data", [None, [None, None], HASHES])
+def test_shares_have_columns_of_their_own_where_their_images_have_no_hash(tmp_path, data):
+    """As in entries of earlier versions."""
+    found = [result("knn", 40.0 + i, subset=f"10 %, draw {i}", data=data) for i in (0, 1)]
+    header, first, _ = table(compare([make_run(tmp_path / str(e), *found, train__epochs=e) for e in (1, 2)]))
+    assert header[-2:] == ["kNN (10 %, draw 0)", "kNN (10 %, draw 1)"]
+    assert first[-2:] == ["40.00", "41.00"]
+
+
 def test_training_views_are_part_of_a_measurement(tmp_path):
     def linear(top1: float, *views: dict[str, Any]) -> dict[str, Any]:
         return result("linear", top1, training_views=list(views))
