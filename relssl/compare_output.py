@@ -143,14 +143,15 @@ def csv_text(comparison: Comparison) -> str:
     for row in comparison.rows:
         for (measurement, metric), cell in row.cells.items():
             entry = comparison.entries[measurement]
+            is_trained = row.entry.get("weights") != "random"
             writer.writerow(
                 {
                     "run": row.label,
                     "method": row.entry.get("method"),
                     "weights": row.entry.get("weights"),
                     "weights_file": row.entry.get("weights_file"),
-                    "pretraining_data": row.data,
-                    "pretraining_data_hash": row.trained_on.hash,
+                    "pretraining_data": row.data if is_trained else "",
+                    "pretraining_data_hash": row.trained_on.hash if is_trained else "",
                     "backbone": row.entry.get("backbone"),
                     "epochs": row.entry.get("epochs"),
                     "update": row.entry.get("update"),

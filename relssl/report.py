@@ -260,12 +260,11 @@ def _labels(measures: Sequence[_Measure]) -> list[str]:
 
 
 def _words(name: str, entry: Mapping[str, Any]) -> list[str]:
-    """The names of what an entry was measured with: protocol, kind of weights, data, images, file of weights."""
+    """The names of what an entry was measured with: protocol, kind of weights, data, share, view, file of weights."""
     return [
         protocol_word(name, entry),
         "fine-tuned weights" if entry.get("weights") == "finetuned" else "",
-        _data_of(entry, "train"),
-        _data_of(entry, "test"),
+        *(str(entry.get(key) or "") for key in ("train", "test", "subset")),
         view_text(entry),
         str(entry.get("weights_file") or ""),
     ]
@@ -687,10 +686,12 @@ def _status(run: _Run) -> dict[str, str]:
 
 
 def _tiles(run: _Run, measures: Sequence[_Measure]) -> list[dict[str, str]]:
-    tiles = []
+    tiles: list[dict[str, str]] = []
+    shown = set()
     for measure in measures:
         before, after = measure.accuracy("random", "top1"), measure.accuracy("pretrained", "top1")
-        if after:
+        if after and measure.evaluator not in shown:  # the table has the others
+            shown.add(measure.evaluator)
             below = f"{before['mean']:.1f} at random initialisation" if before else "pre-trained"
             tiles.append({"name": f"{measure.label} top-1", "value": f"{after['mean']:.1f} %", "below": below})
     online = _curve(run.evals, "top1", "knn")

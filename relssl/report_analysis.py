@@ -56,7 +56,7 @@ def _sections(
 ) -> list[dict[str, Any]]:
     """A section for each measurement, with the weights in this order: only on equal data are they put side by side.
 
-    Of the weights of one kind those of the last entry are shown, see `_last`.
+    Those with pre-trained weights come first. Of the weights of one kind those of the last entry are shown (`_last`).
     """
     found: dict[Measurement, dict[str, Mapping[str, Any]]] = {}
     for weights in order:
@@ -65,7 +65,8 @@ def _sections(
         for entry in results if last else ():
             if all(entry.get(key) == last.get(key) for key in same):
                 found.setdefault(Measurement.of(entry), {})[weights] = entry
-    built = [(next(iter(entries.values())), section(entries)) for entries in found.values()]
+    groups = sorted(found.values(), key=lambda entries: "pretrained" not in entries)
+    built = [(next(iter(entries.values())), section(entries)) for entries in groups]
     sections = [(entry, content) for entry, content in built if content is not None]
     names = [str(content["data"]) for _, content in sections]
     words = tell_apart(names, tellers(names, [entry for entry, _ in sections]))
@@ -98,7 +99,7 @@ def _few_labels(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | No
     draws = dict.fromkeys(str(len(entries[w].get("seeds") or [])) for w in curves)
     return {
         "chart": line_chart(series, x_label="labelled images", label="accuracy against labels", x_log=True),
-        "legend": [s.name for s in series] if len(series) > 1 else [],
+        "legend": [s.name for s in series],
         "columns": [NAMES[w] for w in curves],
         "rows": [
             {"amount": amount, "images": f"{images:,}", "cells": [_cell(found[w]) for w in curves]}

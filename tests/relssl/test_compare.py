@@ -309,7 +309,10 @@ def test_the_csv_tells_lines_of_one_protocol_apart(tmp_path):
         result("linear", 43.0, data=[None, HASHES[1]], training_views=[{"flip": 0.5}]),
     ]
     runs = [make_run(tmp_path / str(e), *entries, train__epochs=e) for e in (1, 2)]
-    lines = list(csv.DictReader(io.StringIO(csv_text(compare(runs)))))
+    runs.append(make_run(tmp_path / "random", result("knn", 9.0, weights="random", view={"size": 12})))
+    *lines, random = csv.DictReader(io.StringIO(csv_text(compare(runs))))
+    assert (random["weights"], random["pretraining_data"], random["pretraining_data_hash"]) == ("random", "", "")
+    assert lines.pop()["weights"] == "random"
     told = {
         line["mean"]: [
             line[key] for key in ("weights_file", "update", "subset", "data_hashes", "view", "training_views")

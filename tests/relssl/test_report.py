@@ -465,7 +465,7 @@ def test_only_the_same_measurement_stands_beside_random_weights():
     ("change", "label"),
     [
         ({"view": {"size": 8, "box": "whole"}}, "linear (8 px)"),
-        ({"subset": "10 %, draw 1"}, "linear (digits_train.beton, 10 %, draw 1)"),
+        ({"subset": "10 %, draw 1"}, "linear (10 %, draw 1)"),
         ({"training_views": [{"size": 8}]}, "linear"),
         ({"num_train": 84}, "linear (84 training images)"),
         ({"weights_file": "other.safetensors"}, "linear (other.safetensors)"),
@@ -491,6 +491,14 @@ def test_every_setting_of_a_protocol_has_its_row(tmp_path):
         "",
         "",
     ]  # the paper's figure is of its protocol
+    tiles = re.findall(r'class="name">([^<]+)<', (tmp_path / "report.html").read_text())
+    assert tiles == [
+        "kNN top-1",
+        "linear (ressl_small) top-1",
+        "loss",
+        "images per second",
+        "training time",
+    ]  # one of each evaluator
 
 
 def test_checkpoints_of_one_measurement_share_a_curve(tmp_path):

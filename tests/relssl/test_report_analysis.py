@@ -116,7 +116,7 @@ def test_only_equal_data_are_put_side_by_side(tmp_path):
     assert ["labels", "images", "random initialisation"] in page.cells
     assert ["1 a class", "3", "21.00 ± 1.41"] in page.cells
     assert ["1 a class", "3", "11.00 ± 1.41"] in page.cells
-    assert [row[1:] for row in page.cells if row[0].startswith("RankMe")] == [["5.0"], ["30.0"]]
+    assert [row[1:] for row in page.cells if row[0].startswith("RankMe")] == [["30.0"], ["5.0"]]
     for name in ("train aaaaaaaa", "train bbbbbbbb"):
         assert f"Of the training images, digits_train.beton ({name})." in page.text
         assert f"trained on digits_train.beton, tested on digits_test.beton ({name})." in page.text
