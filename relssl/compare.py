@@ -1,7 +1,8 @@
 """`relssl compare`: runs side by side, from what their results.json and config.yaml say.
 
-A row is a recipe and how far it was trained; runs that differ in their training seed only share it. A column is a
-measure under one protocol on one pair of data files. Figures of different protocols or data never share a column.
+A row is a recipe on its data and how far it was trained; runs that differ in their training seed only share it. A
+column is a measure under one protocol on one pair of data files. Figures of different protocols or data never share a
+column. Data are known by their content.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from pipelines.errors import InputError
 from relssl.config import read_yaml
-from relssl.report import DISPLAY, protocol_name, view_text
+from relssl.measurement import Measurement, labelled, protocol_name, short_hash, tell_apart, tellers
+from relssl.report import DISPLAY
 from relssl.runfolder import RESUMABLE, RunFolder, flat_settings, read_results
 
 # What the table shows of an evaluator; of others the first accuracy of an entry, top-1 where there is one.
@@ -46,21 +49,17 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """What was measured how on what: an evaluator, its protocol, its data."""
+class TrainingData:
+    """What a run was trained on: its content, or, of files that have no hash, where they lay and how many images."""
 
-    evaluator: str
-    protocol: str  # JSON
-    data: str  # JSON: content hashes, or names and counts where there are none
-    view: str  # JSON: how the un-augmented images were made
+    hash: str | None
+    place: str = ""
+    images: int | None = None
 
-    @classmethod
-    def of(cls, entry: Mapping[str, Any]) -> Measurement:
-        hashes = entry.get("data")
-        known = isinstance(hashes, list) and all(hashes)
-        data = hashes if known else [entry.get(k) for k in ("train", "test", "num_train", "num_test")]
-        protocol, view = (json.dumps(entry.get(key), sort_keys=True) for key in ("protocol", "view"))
-        return cls(str(entry.get("evaluator")), protocol, json.dumps(data), view)
+    @property
+    def text(self) -> str:
+        """What tells it from other data of the same name."""
+        return short_hash(self.hash) if self.hash else self.place
 
 
 @dataclass
@@ -83,12 +82,13 @@ class Column:
 
 @dataclass
 class Row:
-    """Runs of one recipe at one epoch."""
+    """Runs of one recipe on the same data, at one epoch."""
 
     label: str
     place: str  # the folder that its runs lie in
     entry: Mapping[str, Any]  # any of its entries: method, backbone, epochs, batch
-    data: str
+    data: str  # names of the files it was trained on
+    trained_on: TrainingData
     seeds: list[int]
     cells: dict[tuple[Measurement, str], Cell]
 
@@ -125,16 +125,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
             groups.setdefault(key, []).append((run, part))
     keys = sorted(groups, key=lambda key: key[0] == "random")
     rows = [_row(groups[key], key[0]) for key in keys]
-    _tell_apart(
-        rows,
-        [
-            lambda row: f" (epoch {number_or_unknown(row.entry.get('epochs'))})",
-            lambda row: "" if row.entry.get("update") is None else f" (update {row.entry['update']})",
-            lambda row: f" in {row.place}",
-            lambda row: f" ({(row.entry.get('imported') or {}).get('file')})",
-            lambda row: f" ({row.entry.get('weights_file') or row.entry.get('weights')})",
-        ],
-    )
+    _label_rows(rows)
     entries: dict[Measurement, Mapping[str, Any]] = {Measurement.of(e): e for run in runs for e in run.results}
     columns = _columns(entries, rows)
     shared = [c for c in columns if sum((c.measurement, c.metric) in row.cells for row in rows) > 1]
@@ -183,16 +174,30 @@ class _Run:
         else:
             free = ("train.seed", *RESUMABLE)
             settings = {k: v for k, v in settings.items() if not any(k == p or k.startswith(p + ".") for p in free)}
-            settings["data.train"] = self.data
+            settings["data.train"] = astuple(self.trained_on)
+            method_file = RunFolder(self.path).method_file
+            if method_file.is_file():
+                settings["method.name"] = method_file.read_text(encoding="utf-8")
         return json.dumps(settings, sort_keys=True, default=str)
 
     @property
-    def data(self) -> str:
-        """Names of the files it was trained on, without their folders."""
+    def files(self) -> list[str]:
+        """What it was trained on, as its configuration has it."""
         section = self.config.get("data")
         files = section.get("train") if isinstance(section, dict) else None
-        names = files if isinstance(files, list) else [files] if files else []
-        return " + ".join(Path(str(name)).stem for name in names)
+        return [str(name) for name in (files if isinstance(files, list) else [files] if files else [])]
+
+    @cached_property
+    def trained_on(self) -> TrainingData:
+        """By content; a file may have been moved, or replaced by another, since.
+
+        Where no hash was recorded, not what lies at the place now: it may have come after the training.
+        """
+        told = RunFolder(self.path).training_data() or {}
+        if told.get("hash"):
+            return TrainingData(str(told["hash"]))
+        places = told.get("files") or [str(Path(name).resolve()) for name in self.files]
+        return TrainingData(None, " + ".join(map(str, places)), told.get("images"))
 
     def parts(self) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
         """Entries by weights, epochs, and what they were read or imported from, if not the run's finished backbone."""
@@ -235,7 +240,9 @@ def _row(members: Sequence[tuple[_Run, list[dict[str, Any]]]], weights: str) -> 
     label = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
     if weights == "random":
         label = f"random {entry.get('backbone')}"
-    return Row(label, str(first.path.parent), entry, first.data, sorted({run.seed for run, _ in members}), cells)
+    data = " + ".join(Path(name).stem for name in first.files)
+    seeds = sorted({run.seed for run, _ in members})
+    return Row(label, str(first.path.parent), entry, data, first.trained_on, seeds, cells)
 
 
 def _base_name(run: _Run, is_one_of_several: bool) -> str:
@@ -276,25 +283,25 @@ def _amount(point: Mapping[str, Any]) -> str:
     return f"{point.get('per_class')} a class" if point.get("percent") is None else f"{point['percent']:g} %"
 
 
-class _Labelled(Protocol):
-    label: str
+def _label_rows(rows: Sequence[Row]) -> None:
+    """Rows of one label get what the first of these says where it differs among them, and so on; at last a number."""
+    told: list[Callable[[Row], str]] = [
+        lambda row: f" (epoch {number_or_unknown(row.entry.get('epochs'))})",
+        lambda row: "" if row.entry.get("update") is None else f" (update {row.entry['update']})",
+        lambda row: f" in {row.place}",
+        lambda row: f" ({(row.entry.get('imported') or {}).get('file')})",
+        lambda row: f" ({row.entry.get('weights_file') or row.entry.get('weights')})",
+    ]
 
+    def teller(tell: Callable[[Row], str]) -> Callable[[Sequence[int]], Sequence[str]]:
+        return lambda places: [tell(rows[place]) for place in places]
 
-Item = TypeVar("Item", bound=_Labelled)
+    def number(places: Sequence[int]) -> list[str]:
+        return [f" #{place}" for place, _ in enumerate(places, start=1)]
 
-
-def _tell_apart(items: Sequence[Item], tellers: Sequence[Callable[[Item], str]]) -> None:
-    """Items of one label get what the first teller says where that differs among them, and so on; at last a number."""
-    steps: list[Callable[[Item], str] | None] = [*tellers, None]
-    for teller in steps:
-        by_label: dict[str, list[Item]] = {}
-        for item in items:
-            by_label.setdefault(item.label, []).append(item)
-        for same in by_label.values():
-            told = [teller(item) if teller else f" #{place}" for place, item in enumerate(same, start=1)]
-            if len(set(told)) > 1:
-                for item, words in zip(same, told, strict=True):
-                    item.label += words
+    words = tell_apart([row.label for row in rows], [*map(teller, told), number])
+    for row, more in zip(rows, words, strict=True):
+        row.label += "".join(more)
 
 
 def _columns(entries: Mapping[Measurement, Mapping[str, Any]], rows: Sequence[Row]) -> list[Column]:
@@ -313,21 +320,11 @@ def _columns(entries: Mapping[Measurement, Mapping[str, Any]], rows: Sequence[Ro
             for metric in shown
             if any((measurement, metric) in row.cells for row in rows)
         ]
-    _tell_apart(
-        columns,
-        [
-            _protocol_words,
-            lambda column: f" ({view_text(column.entry)})",
-            lambda column: f" [{column.entry.get('train')}, {column.entry.get('test')}]",
-        ],
-    )
+    names = [column.label for column in columns]
+    words = tell_apart(names, tellers(names, [column.entry for column in columns]))
+    for column, told in zip(columns, words, strict=True):
+        column.label = labelled(column.label, told)
     return columns
-
-
-def _protocol_words(column: Column) -> str:
-    """The protocol's name in brackets; of a name that begins like the label only what is more."""
-    name = protocol_name(column.entry)
-    return name.removeprefix(column.label) if name.startswith(column.label) else f" ({name})"
 
 
 def title(evaluator: str, metric: str) -> str:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
 from relssl.compare import Cell, Column, Comparison, Row, number_or_unknown, title
-from relssl.report import format_table, protocol_name, protocol_text
+from relssl.measurement import Measurement, knows_content, protocol_name, short_hash
+from relssl.report import format_table, protocol_text
 
 PLUS_MINUS = "±: standard deviation over training seeds where a row has several, else over the seeds of the evaluation"
 CSV_FIELDS = (
-    "run", "method", "weights", "pretraining_data", "backbone", "epochs", "global_batch", "views_per_step",
-    "training_seeds", "evaluator", "protocol", "train", "test", "num_train", "num_test", "metric", "mean", "std",
-    "std_over", "values", "protocol_settings",
+    "run", "method", "weights", "weights_file", "pretraining_data", "pretraining_data_hash", "backbone", "epochs",
+    "update", "global_batch", "views_per_step", "training_seeds", "evaluator", "protocol", "train", "test", "subset",
+    "num_train", "num_test", "data_hashes", "metric", "mean", "std", "std_over", "values", "protocol_settings", "view",
+    "training_views",
 )  # fmt: skip
 
 
@@ -41,7 +44,7 @@ def _shown(row: Row, column: Column, cell: Cell | None) -> str:
 def _facts(rows: Sequence[Row]) -> dict[str, list[str]]:
     told = {
         "method": [str(row.entry.get("method")) for row in rows],
-        "data": [row.data or "–" for row in rows],
+        "data": _training_data(rows),
         "backbone": [str(row.entry.get("backbone")) for row in rows],
         "epochs": [number_or_unknown(row.entry.get("epochs")) for row in rows],
         "batch": [number_or_unknown(row.entry.get("global_batch")) for row in rows],
@@ -55,6 +58,16 @@ def _facts(rows: Sequence[Row]) -> dict[str, list[str]]:
     return told
 
 
+def _training_data(rows: Sequence[Row]) -> list[str]:
+    """Names of the files; where two different data sets have one name, what tells them apart, too."""
+    sets: dict[str, set[Any]] = {}
+    for row in rows:
+        if row.entry.get("weights") != "random":
+            sets.setdefault(row.data, set()).add(row.trained_on)
+    several = {name for name, found in sets.items() if len(found) > 1}
+    return [f"{row.data} ({row.trained_on.text})" if row.data in several else row.data or "–" for row in rows]
+
+
 def notes(comparison: Comparison) -> list[str]:
     """What a reader of the table must know: what all rows share, what ± is over, the protocol of each column."""
     facts = {name: {v for v in values if v != "–"} for name, values in _facts(comparison.rows).items()}
@@ -62,23 +75,51 @@ def notes(comparison: Comparison) -> list[str]:
     shared = [f"{name} {next(iter(v))}" for name, v in facts.items() if len(v) == 1 and name not in table_has]
     lines = [f"all rows: {', '.join(shared)}"] if shared else []
     lines.append(f"accuracies in percent, top-1 unless named otherwise. {PLUS_MINUS}")
-    told: dict[str, list[str]] = {}
-    for column in comparison.columns:
-        told.setdefault(_protocol_line(column), []).append(column.label)
-    lines += [f"{', '.join(labels)}: {text}" for text, labels in told.items()]
+    lines += _protocol_lines(comparison.columns)
     titles = [title(c.measurement.evaluator, c.metric) for c in comparison.columns]
     several = sorted({title for title in titles if titles.count(title) > 1})
     if several:
         lines.append(f"more than one protocol or data set, and so more than one column: {', '.join(several)}")
+    unknown = [column.label for column in comparison.columns if not knows_content(column.entry)]
+    if unknown:
+        lines.append(f"data without a manifest, known by name and number of images only: {', '.join(unknown)}")
+    placed = [row.label for row in comparison.rows if len(row.seeds) > 1 and _is_known_by_place(row)]
+    if placed:
+        lines.append(f"training data known by its place only, no hash was recorded: {', '.join(placed)}")
     if comparison.left_out:
         lines.append(f"left out, not evaluated yet: {', '.join(map(str, comparison.left_out))}")
     return lines
 
 
+def _is_known_by_place(row: Row) -> bool:
+    return row.entry.get("weights") != "random" and bool(row.data) and row.trained_on.hash is None
+
+
+def _protocol_lines(columns: Sequence[Column]) -> list[str]:
+    """A line for each measurement; where the words of two are the same, with the hashes of their data."""
+    told: dict[Measurement, list[Column]] = {}
+    for column in columns:
+        told.setdefault(column.measurement, []).append(column)
+    words = [_protocol_line(of_one[0]) for of_one in told.values()]
+    lines = []
+    for of_one, text in zip(told.values(), words, strict=True):
+        hashes = _data_hashes(of_one[0].entry, short=True)
+        more = f"; content {hashes}" if hashes and words.count(text) > 1 else ""
+        lines.append(f"{', '.join(column.label for column in of_one)}: {text}{more}")
+    return lines
+
+
 def _protocol_line(column: Column) -> str:
-    """Without the seeds and what a single run picked, which may differ from row to row."""
-    entry = {k: v for k, v in column.entry.items() if k not in ("seeds", "picked", "check")}
-    return protocol_text(entry)
+    """Without the seeds, the weights and what a single run picked, which may differ from row to row."""
+    of_one_row = ("seeds", "picked", "check", "update", "pretrained_on", "imported")
+    return protocol_text({k: v for k, v in column.entry.items() if k not in of_one_row})
+
+
+def _data_hashes(entry: Mapping[str, Any], *, short: bool = False) -> str:
+    """Of the files of an evaluation, and of the chosen images; "unknown" of a file without a manifest."""
+    hashes = entry.get("data")
+    known = [str(value) if value else "unknown" for value in hashes] if isinstance(hashes, list) else []
+    return _joined(short_hash(value) for value in known) if short else _joined(known)
 
 
 def text(comparison: Comparison) -> str:
@@ -102,14 +143,18 @@ def csv_text(comparison: Comparison) -> str:
     for row in comparison.rows:
         for (measurement, metric), cell in row.cells.items():
             entry = comparison.entries[measurement]
+            is_trained = row.entry.get("weights") != "random"
             writer.writerow(
                 {
                     "run": row.label,
                     "method": row.entry.get("method"),
                     "weights": row.entry.get("weights"),
-                    "pretraining_data": row.data,
+                    "weights_file": row.entry.get("weights_file"),
+                    "pretraining_data": row.data if is_trained else "",
+                    "pretraining_data_hash": row.trained_on.hash if is_trained else "",
                     "backbone": row.entry.get("backbone"),
                     "epochs": row.entry.get("epochs"),
+                    "update": row.entry.get("update"),
                     "global_batch": row.entry.get("global_batch"),
                     "views_per_step": row.entry.get("views_per_step"),
                     "training_seeds": _joined(cell.seeds),
@@ -117,17 +162,25 @@ def csv_text(comparison: Comparison) -> str:
                     "protocol": protocol_name(entry),
                     "train": entry.get("train"),
                     "test": entry.get("test"),
+                    "subset": entry.get("subset"),
                     "num_train": entry.get("num_train"),
                     "num_test": entry.get("num_test"),
+                    "data_hashes": _data_hashes(entry),
                     "metric": metric,
                     "mean": cell.mean,
                     "std": cell.std if cell.over else "",
                     "std_over": cell.over,
                     "values": _joined(cell.values),
                     "protocol_settings": measurement.protocol,
+                    "view": _json_or_empty(entry.get("view")),
+                    "training_views": _json_or_empty(entry.get("training_views")),
                 }
             )
     return out.getvalue()
+
+
+def _json_or_empty(value: Any) -> str:
+    return "" if value is None else json.dumps(value, sort_keys=True)
 
 
 def _joined(values: Iterable[object]) -> str:

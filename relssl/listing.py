@@ -8,7 +8,8 @@ from typing import Any
 
 from pipelines.errors import InputError, RelsslError
 from relssl.config import read_yaml
-from relssl.report import DISPLAY, protocol_name
+from relssl.measurement import protocol_name
+from relssl.report import DISPLAY
 from relssl.runfolder import RunFolder, read_results
 
 DEPTH = 3  # of folders that are looked into

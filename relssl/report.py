@@ -27,6 +27,7 @@ from PIL import Image
 from pipelines.errors import InputError
 from relssl import __version__
 from relssl.charts import CHART_STYLE, Series, from_to, line_chart, share_bar, short_number
+from relssl.measurement import Measurement, labelled, protocol_name, protocol_word, tell_apart, tellers, view_text
 from relssl.report_analysis import analysis_context
 
 MAX_BYTES = 2_000_000
@@ -82,7 +83,7 @@ def results_table(results: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """Random initialisation against pre-trained, top-1 in percent: a header, then a row per measure.
 
     Args:
-        results: entries of results.json; of those with the same evaluator, protocol and data the last counts.
+        results: entries of results.json; of those of one measurement the last counts.
 
     Returns:
         Rows of [measure, random, pre-trained, gain]. The first word of a measure is `kNN` or `linear`;
@@ -212,7 +213,7 @@ def _number(value: Any) -> float | None:
 
 @dataclass
 class _Measure:
-    """One evaluator under one protocol on one pair of data files, for random and pre-trained weights."""
+    """One measurement, for random and pre-trained weights; or of weights of another file."""
 
     evaluator: str
     label: str
@@ -229,32 +230,44 @@ class _Measure:
 
 
 def _measures(results: Iterable[Mapping[str, Any]]) -> list[_Measure]:
-    groups: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
+    groups: dict[tuple[Measurement, str, bool], dict[str, Mapping[str, Any]]] = {}
     # of checkpoints only the newest counts, and only where nobody has evaluated what the run ended with
     for entry in sorted(results, key=lambda entry: _number(entry.get("update")) or math.inf):
         if entry.get("evaluator") in OWN_SECTIONS:
             continue
-        weights, protocol = str(entry.get("weights")), protocol_name(entry)
-        if weights == "finetuned":
-            weights, protocol = "pretrained", f"{protocol}, fine-tuned weights"
-        key = (
-            str(entry.get("evaluator")),
-            protocol,
-            _data_of(entry, "train"),
-            _data_of(entry, "test"),
-            view_text(entry),
-            str(entry.get("weights_file") or ""),
-        )
-        groups.setdefault(key, {})[weights] = entry
-    kinds = [key[0] for key in groups]
-    measures = []
-    for group, entries in groups.items():
-        name = DISPLAY.get(group[0], group[0])
-        told = ", ".join(_distinguishing(group, list(groups)))
-        label = name if kinds.count(group[0]) == 1 else told if told.startswith(name) else f"{name} ({told})"
-        measures.append(_Measure(group[0], label, entries))
+        weights = str(entry.get("weights"))
+        is_tuned = weights == "finetuned"
+        key = (Measurement.of(entry), str(entry.get("weights_file") or ""), is_tuned)
+        groups.setdefault(key, {})["pretrained" if is_tuned else weights] = entry
+    measures = [_Measure(key[0].evaluator, "", entries) for key, entries in groups.items()]
+    for measure, label in zip(measures, _labels(measures), strict=True):
+        measure.label = label
     order = list(DISPLAY)
     return sorted(measures, key=lambda m: order.index(m.evaluator) if m.evaluator in order else len(order))
+
+
+def _labels(measures: Sequence[_Measure]) -> list[str]:
+    """The evaluator's name; of several of one evaluator with the names in which they differ, and whatever else does."""
+    names = [DISPLAY.get(measure.evaluator, measure.evaluator) for measure in measures]
+    entries = [measure.any_entry for measure in measures]
+    told = [_words(name, entry) for name, entry in zip(names, entries, strict=True)]
+    words = []
+    for name, own in zip(names, told, strict=True):
+        rivals = [other for other, its in zip(told, names, strict=True) if its == name]
+        words.append([word for i, word in enumerate(own) if word and len({rival[i] for rival in rivals}) > 1])
+    words = tell_apart(names, tellers(names, entries), words)
+    return [labelled(name, more) for name, more in zip(names, words, strict=True)]
+
+
+def _words(name: str, entry: Mapping[str, Any]) -> list[str]:
+    """The names of what an entry was measured with: protocol, kind of weights, data, share, view, file of weights."""
+    return [
+        protocol_word(name, entry),
+        "fine-tuned weights" if entry.get("weights") == "finetuned" else "",
+        *(str(entry.get(key) or "") for key in ("train", "test", "subset")),
+        view_text(entry),
+        str(entry.get("weights_file") or ""),
+    ]
 
 
 def _scores(entry: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -267,28 +280,6 @@ def _data_of(entry: Mapping[str, Any], which: str) -> str:
     subset = entry.get("subset") if which == "train" else None
     name = str(entry.get(which) or "")
     return f"{name}, {subset}" if subset else name
-
-
-def view_text(entry: Mapping[str, Any]) -> str:
-    """How the un-augmented images were made, in a few words; empty where an entry does not say."""
-    view = entry.get("view")
-    if not isinstance(view, Mapping):
-        return ""
-    filtered = "" if view.get("interpolation") in (None, "bilinear") else f" {view['interpolation']}"
-    return f"{view.get('size')} px{filtered}"
-
-
-def protocol_name(entry: Mapping[str, Any]) -> str:
-    protocol = entry.get("protocol")
-    if not isinstance(protocol, Mapping):
-        return ""
-    return str(protocol.get("name") or ", ".join(f"{k} {v}" for k, v in protocol.items() if _number(v) is not None))
-
-
-def _distinguishing(key: tuple[str, ...], keys: list[tuple[str, ...]]) -> list[str]:
-    """The parts of a key that tell it from others of its evaluator: protocol, then data files, images, weights."""
-    rivals = [other for other in keys if other[0] == key[0]]
-    return [key[i] for i in range(1, len(key)) if key[i] and len({rival[i] for rival in rivals}) > 1]
 
 
 def accuracy_text(accuracy: Mapping[str, Any] | None) -> str:
@@ -423,6 +414,8 @@ def _result_rows(measures: Sequence[_Measure], paper: dict[str, Any] | None) -> 
             if not (before or after):
                 continue
             matches = paper is not None and paper["metric"] == f"{DISPLAY.get(measure.evaluator, '')} {name}"
+            if comparable and measure.evaluator == "linear":  # else each is marked
+                matches = matches and not _own_protocol(measure.any_entry)
             value = paper["value"] if paper is not None and matches else None
             rows.append(
                 {
@@ -517,18 +510,30 @@ def _few_labels_while_training(run: _Run) -> list[Series]:
 
 
 def _by_checkpoint(run: _Run) -> list[tuple[str, list[Series]]]:
-    """A chart for each evaluator and protocol that several checkpoints were put through."""
-    groups: dict[str, list[tuple[float, float]]] = {}
+    """A chart for each measurement that several checkpoints were put through."""
+    groups: dict[tuple[Measurement, str], dict[float, float]] = {}
+    entries: dict[tuple[Measurement, str], Mapping[str, Any]] = {}
     for entry in sorted(run.results, key=lambda entry: _number(entry.get("update")) or 0.0):
-        name = DISPLAY.get(str(entry.get("evaluator")), str(entry.get("evaluator")))
-        scores = _scores(entry) or {"top-1": entry.get("top1")}
-        which, score = next(iter(scores.items()))
+        which, score = next(iter((_scores(entry) or {"top-1": entry.get("top1")}).items()))
         update = _number(entry.get("update"))
         value = _number(score.get("mean")) if isinstance(score, Mapping) else None
         if update is not None and value is not None:
-            title = f"{name} {which} of checkpoints, % ({protocol_name(entry)}, {_data_of(entry, 'train')})"
-            groups.setdefault(title, []).append((update * _epochs_per_update(run), value))
-    return [(title, [Series(title, points, marked=True)]) for title, points in groups.items() if len(points) > 1]
+            key = (Measurement.of(entry), which)
+            groups.setdefault(key, {})[update * _epochs_per_update(run)] = value
+            entries[key] = entry
+    told = {key: points for key, points in groups.items() if len(points) > 1}
+    names = [_checkpoint_title(entries[key], key[1]) for key in told]
+    words = tell_apart(names, tellers(names, [entries[key] for key in told]))
+    titles = [f"{name}: {', '.join(more)}" if more else name for name, more in zip(names, words, strict=True)]
+    return [
+        (title, [Series(title, list(points.items()), marked=True)])
+        for title, points in zip(titles, told.values(), strict=True)
+    ]
+
+
+def _checkpoint_title(entry: Mapping[str, Any], which: str) -> str:
+    name = DISPLAY.get(str(entry.get("evaluator")), str(entry.get("evaluator")))
+    return f"{name} {which} of checkpoints, % ({protocol_name(entry)}, {_data_of(entry, 'train')})"
 
 
 def _epochs_per_update(run: _Run) -> float:
@@ -681,10 +686,12 @@ def _status(run: _Run) -> dict[str, str]:
 
 
 def _tiles(run: _Run, measures: Sequence[_Measure]) -> list[dict[str, str]]:
-    tiles = []
+    tiles: list[dict[str, str]] = []
+    shown = set()
     for measure in measures:
         before, after = measure.accuracy("random", "top1"), measure.accuracy("pretrained", "top1")
-        if after:
+        if after and measure.evaluator not in shown:  # the table has the others
+            shown.add(measure.evaluator)
             below = f"{before['mean']:.1f} at random initialisation" if before else "pre-trained"
             tiles.append({"name": f"{measure.label} top-1", "value": f"{after['mean']:.1f} %", "below": below})
     online = _curve(run.evals, "top1", "knn")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from relssl.charts import Series, line_chart
 from relssl.class_charts import MOST_IN_LEGEND, confusion_chart, map_chart
+from relssl.measurement import Measurement, labelled, tell_apart, tellers
 
 WEIGHTS = ("random", "pretrained")
 NAMES = {"random": "random initialisation", "pretrained": "pre-trained"}
@@ -31,8 +32,8 @@ def analysis_context(folder: Path, results: Sequence[Mapping[str, Any]], notes: 
     analyses = {w: _last(results, "analysis", w) for w in WEIGHTS}
     shown = analyses["pretrained"] or analyses["random"]
     return {
-        "few_labels": _few_labels({w: _last(results, "fewlabel", w) for w in reversed(WEIGHTS)}),
-        "label_free": _label_free(analyses),
+        "few_labels": _sections(results, "fewlabel", tuple(reversed(WEIGHTS)), _few_labels),
+        "label_free": _sections(results, "analysis", WEIGHTS, _label_free),
         "classes": _classes(folder, shown, notes),
         "map": _map(folder, shown, notes),
         "neighbours": _neighbours(folder, shown),
@@ -45,6 +46,34 @@ def _last(results: Sequence[Mapping[str, Any]], evaluator: str, weights: str) ->
     fitting = [e for e in results if e.get("evaluator") == evaluator and e.get("weights") == weights]
     ranked = sorted(fitting, key=lambda e: (not e.get("weights_file"), e.get("update") or math.inf))
     return ranked[-1] if ranked else {}
+
+
+def _sections(
+    results: Sequence[Mapping[str, Any]],
+    evaluator: str,
+    order: Sequence[str],
+    section: Callable[[Mapping[str, Mapping[str, Any]]], dict[str, Any] | None],
+) -> list[dict[str, Any]]:
+    """A section for each measurement, with the weights in this order: only on equal data are they put side by side.
+
+    Those with pre-trained weights come first. Of the weights of one kind those of the last entry are shown (`_last`).
+    """
+    found: dict[Measurement, dict[str, Mapping[str, Any]]] = {}
+    for weights in order:
+        last = _last(results, evaluator, weights)
+        same = ("evaluator", "weights", "weights_file", "epochs", "update", "imported")
+        for entry in results if last else ():
+            if all(entry.get(key) == last.get(key) for key in same):
+                found.setdefault(Measurement.of(entry), {})[weights] = entry
+    groups = sorted(found.values(), key=lambda entries: "pretrained" not in entries)
+    built = [(next(iter(entries.values())), section(entries)) for entries in groups]
+    sections = [(entry, content) for entry, content in built if content is not None]
+    names = [str(content["data"]) for _, content in sections]
+    words = tell_apart(names, tellers(names, [entry for entry, _ in sections]))
+    return [
+        {**content, "data": labelled(name, more)}
+        for (_, content), name, more in zip(sections, names, words, strict=True)
+    ]
 
 
 def _few_labels(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -67,17 +96,17 @@ def _few_labels(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | No
         for points in curves.values()
         for p in points
     }
-    any_entry = next(entries[w] for w in curves)
+    draws = dict.fromkeys(str(len(entries[w].get("seeds") or [])) for w in curves)
     return {
         "chart": line_chart(series, x_label="labelled images", label="accuracy against labels", x_log=True),
-        "legend": [s.name for s in series] if len(series) > 1 else [],
+        "legend": [s.name for s in series],
         "columns": [NAMES[w] for w in curves],
         "rows": [
             {"amount": amount, "images": f"{images:,}", "cells": [_cell(found[w]) for w in curves]}
             for (images, amount), found in sorted(amounts.items(), key=lambda item: item[0])
         ],
-        "draws": len(any_entry.get("seeds") or []),
-        "data": _data_text(any_entry),
+        "draws": " and ".join(draws),
+        "data": _data_text(next(entries[w] for w in curves)),
     }
 
 
@@ -116,8 +145,8 @@ def _label_free(analyses: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | N
             about = ""
         cells = [format(v, digits) if isinstance(v, (int, float)) else "–" for v in found.values()]
         rows.append({"name": name, "about": about, "cells": cells})
-    data = dict.fromkeys(str(analyses[w].get("train")) for w in values)
-    return {"columns": [NAMES[w] for w in values], "rows": rows, "data": ", ".join(data)}
+    data = str(analyses[next(iter(values))].get("train"))
+    return {"columns": [NAMES[w] for w in values], "rows": rows, "data": data}
 
 
 def _classes(folder: Path, entry: Mapping[str, Any], notes: list[str]) -> dict[str, Any] | None:
@@ -212,7 +241,8 @@ def _file(folder: Path, entry: Mapping[str, Any], name: str) -> Path | None:
 
 
 def _data_text(entry: Mapping[str, Any]) -> str:
-    return f"trained on {entry.get('train')}, tested on {entry.get('test')}"
+    subset = f", {entry['subset']}" if entry.get("subset") else ""
+    return f"trained on {entry.get('train')}{subset}, tested on {entry.get('test')}"
 
 
 def _items(value: Any) -> list[dict[str, Any]]:

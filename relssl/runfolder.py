@@ -57,6 +57,10 @@ class RunFolder:
         return str(self.method_file) if self.method_file.is_file() else str(recipe.method["name"])
 
     @property
+    def environment(self) -> Path:
+        return self.path / "env.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -104,12 +108,41 @@ class RunFolder:
             raise InputError(f"{self.path} is not a run folder: it has no config.yaml")
         return recipe_from(read_yaml(self.config), str(self.config))
 
-    def describe(self, recipe: Recipe, command: str) -> None:
-        """Write config.yaml and env.json, and keep a method file of one's own."""
+    def describe(self, recipe: Recipe, command: str, data: Mapping[str, Any] | None = None) -> None:
+        """Write config.yaml and env.json, and keep a method file of one's own.
+
+        Args:
+            data: the content hash and the number of images of the training data, as `train.data_identity` gives them.
+                Data without a hash are told by their place.
+        """
         write_atomically(self.config, recipe.to_yaml())
         if str(recipe.method["name"]).endswith(".py"):
             write_atomically(self.method_file, Path(recipe.method["name"]).read_text(encoding="utf-8"))
-        write_atomically(self.path / "env.json", json.dumps({"command": command, **environment()}, indent=1))
+        told: dict[str, Any] = {"command": command, **environment()}
+        if data is not None:
+            told["training_data"] = dict(data)
+            if not data.get("hash"):
+                told["training_data"]["files"] = _resolved(recipe.data.train)
+        write_atomically(self.environment, json.dumps(told, indent=1))
+
+    def training_data(self) -> dict[str, Any] | None:
+        """`hash` and number of `images` of what the run was trained on, and its `files` where it has no hash.
+
+        From env.json; of a run that did not write it there, from the newest checkpoint. None where neither says it.
+        """
+        try:
+            told = json.loads(self.environment.read_text(encoding="utf-8"))["training_data"]
+        except (OSError, ValueError, KeyError, TypeError):
+            told = self._data_of_checkpoint()
+        return told if isinstance(told, dict) else None
+
+    def _data_of_checkpoint(self) -> Any:
+        """Of its JSON alone: reading a checkpoint whole takes torch, and the time for all its tensors."""
+        states = sorted(self.checkpoints.glob("update-*/state.json"))
+        try:
+            return json.loads(states[-1].read_text(encoding="utf-8"))["extra"]["data"]
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return None
 
     def check_method_file(self, recipe: Recipe) -> None:
         """Refuse to go on with a method file that is not the one the run was started with.
@@ -204,6 +237,10 @@ def flat_settings(values: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         out.update(flat_settings(value, f"{prefix}.{key}" if prefix else str(key)))
     return out
+
+
+def _resolved(places: str | list[str]) -> list[str]:
+    return [str(Path(place).resolve()) for place in (places if isinstance(places, list) else [places])]
 
 
 def environment() -> dict[str, Any]:

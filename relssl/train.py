@@ -93,7 +93,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, command: str = "re
         signals = stack.enter_context(StopSignals())
         trainer = stack.enter_context(contextlib.closing(Trainer(recipe, folder, accelerator, resume)))
         if accelerator.is_main_process:
-            folder.describe(recipe, command)
+            folder.describe(recipe, command, data_identity(trainer.loader))
         return trainer.run(signals)
 
 

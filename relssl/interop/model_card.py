@@ -157,15 +157,19 @@ def _machine(folder: RunFolder) -> Iterator[tuple[str, str]]:
 
 
 def _results(weights: Weights) -> list[dict[str, Any]]:
-    """Evaluations of these very weights, and of random ones beside them."""
+    """Evaluations of these very weights, and, where there are some, of random ones beside them."""
 
     def is_ours(entry: Mapping[str, Any]) -> bool:
         mine, theirs = weights.imported or {}, entry.get("imported") or {}
-        same_file = all(mine.get(key) == theirs.get(key) for key in ("sha256", "branch"))
+        same_import = all(mine.get(key) == theirs.get(key) for key in ("sha256", "branch"))
+        same_name = entry.get("weights_file") == weights.file and entry.get("weights") == weights.origin
         same_time = entry.get("epochs") == weights.epochs and entry.get("update") == weights.update
-        return entry.get("weights") == "random" or (entry.get("weights") == weights.origin and same_time and same_file)
+        return same_name and same_time and same_import
 
-    return [entry for entry in read_results(weights.folder) if is_ours(entry)]
+    entries = read_results(weights.folder)
+    if not any(map(is_ours, entries)):
+        return []
+    return [entry for entry in entries if is_ours(entry) or entry.get("weights") == "random"]
 
 
 def _row(entry: Mapping[str, Any]) -> dict[str, str]:

@@ -74,7 +74,7 @@ def import_run(
     work.mkdir(parents=True)
     try:
         folder = RunFolder(work)
-        folder.describe(chosen.recipe, command)
+        folder.describe(chosen.recipe, command, saved.extra["data"])
         origin = {**foreign.metadata(), "recipe": chosen.name, "recipe_is": chosen.certainty, "continued": True}
         write_atomically(folder.imported, json.dumps(origin, indent=1))
         checkpoint.save(folder.checkpoints, saved, keep=1)

@@ -22,6 +22,7 @@ from relssl.report import format_table
 from tests.relssl.test_report import CONFIG, SMALL, entry
 
 HASHES = ["a" * 64, "b" * 64]
+TRAINED_ON = {"images": 8400, "hash": "a" * 64}
 
 
 def result(evaluator: str, *top1: float, weights: str = "pretrained", **changes: Any) -> dict[str, Any]:
@@ -31,7 +32,10 @@ def result(evaluator: str, *top1: float, weights: str = "pretrained", **changes:
     return {**entry(evaluator, weights, *top1), **facts, "data": HASHES, **changes}
 
 
-def make_run(folder: Path, *results: dict[str, Any], seed: int = 0, **changes: Any) -> Path:
+def make_run(
+    folder: Path, *results: dict[str, Any], seed: int = 0, trained_on: Any = TRAINED_ON, **changes: Any
+) -> Path:
+    """`trained_on` None is a run whose env.json does not say it, as of earlier versions."""
     config = copy.deepcopy(CONFIG)
     config["train"]["seed"] = seed
     for key, value in changes.items():
@@ -39,6 +43,7 @@ def make_run(folder: Path, *results: dict[str, Any], seed: int = 0, **changes: A
         config[section][name] = value
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "env.json").write_text(json.dumps({} if trained_on is None else {"training_data": trained_on}))
     if results:
         (folder / "results.json").write_text(json.dumps({"format": 1, "results": list(results)}))
     return folder
@@ -99,6 +104,80 @@ def test_settings_that_do_not_touch_the_training_do_not_split_a_row(tmp_path):
     assert [row[0] for row in table(compare([a, b, c]))[1:]] == ["r", "c"]
 
 
+OTHER = {"images": 8400, "hash": "c" * 64}
+
+
+def seeds_of(tmp_path: Path, *runs: dict[str, Any]) -> list[list[str]]:
+    """[label, data, seeds] of the rows of runs of one recipe with other training seeds."""
+    folders = [
+        make_run(tmp_path / f"r-seed{seed}", result("knn", 40.0 + seed), seed=seed, **changes)
+        for seed, changes in enumerate(runs)
+    ]
+    beside = make_run(tmp_path / "z", result("knn", 9.0), train__epochs=1, data__train="z.beton")
+    header, *rows = table(compare([*folders, beside]))
+    assert header == ["run", "data", "epochs", "training seeds", "kNN"]
+    return [[row[0], row[1], row[3]] for row in rows[:-1]]
+
+
+def test_runs_on_other_data_of_one_name_share_no_row(tmp_path):
+    told = [["r-seed0", "digits_train (aaaaaaaa)", "0"], ["r-seed1", "digits_train (cccccccc)", "1"]]
+    elsewhere = {"data__train": "other/digits_train.beton", "trained_on": OTHER}
+    assert seeds_of(tmp_path / "elsewhere", {}, elsewhere) == told
+    assert seeds_of(tmp_path / "converted anew at its place", {}, {"trained_on": OTHER}) == told
+
+
+def test_the_same_training_data_by_another_name_share_a_row(tmp_path):
+    assert seeds_of(tmp_path, {}, {"data__train": "/elsewhere/renamed.beton"}) == [["r", "digits_train", "0, 1"]]
+
+
+def test_runs_that_did_not_record_their_data_share_a_row_by_place_and_say_so(tmp_path):
+    here, there = ({"data__train": f"/{place}/digits_train.beton", "trained_on": None} for place in ("here", "there"))
+    assert [row[2] for row in seeds_of(tmp_path / "a", here, there)] == ["0", "1"]
+    assert [row[2] for row in seeds_of(tmp_path / "b", here, {**here, "trained_on": TRAINED_ON})] == ["0", "1"]
+    again = {**here, "data__train": "/here/x/../digits_train.beton"}
+    assert seeds_of(tmp_path / "c", here, again) == [["r", "digits_train", "0, 1"]]
+    told = notes(compare([tmp_path / "c" / name for name in ("r-seed0", "r-seed1", "z")]))
+    assert told[-1] == "training data known by its place only, no hash was recorded: r"
+
+
+def test_data_without_a_hash_are_known_by_the_place_that_was_recorded(tmp_path):
+    """That of the configuration may be relative, which says nothing elsewhere."""
+    here, there = (
+        {"trained_on": {"images": 8400, "hash": None, "files": [f"/{place}/digits_train.beton"]}}
+        for place in ("here", "there")
+    )
+    assert [row[2] for row in seeds_of(tmp_path / "a", here, here)] == ["0, 1"]
+    assert seeds_of(tmp_path / "b", here, there) == [
+        ["r-seed0", "digits_train (/here/digits_train.beton)", "0"],
+        ["r-seed1", "digits_train (/there/digits_train.beton)", "1"],
+    ]
+    more = {"trained_on": {**here["trained_on"], "images": 8401}}
+    assert [row[2] for row in seeds_of(tmp_path / "c", here, more)] == ["0", "1"]
+
+
+def test_of_earlier_runs_the_checkpoint_says_what_they_were_trained_on(tmp_path):
+    runs = [
+        make_run(tmp_path / f"r-seed{seed}", result("knn", 40.0), seed=seed, trained_on=None, data__train=f"/{seed}.b")
+        for seed in (0, 1, 2)
+    ]
+    for run, content in zip(runs, ("a", "a", "c"), strict=True):
+        checkpoint = run / "checkpoints/update-00000001"
+        checkpoint.mkdir(parents=True)
+        state = {"format": 1, "extra": {"data": {"images": 3, "hash": content * 64}}}
+        (checkpoint / "state.json").write_text(json.dumps(state))
+    assert [row[-2] for row in table(compare(runs))[1:]] == ["0, 1", "2"]
+
+
+def test_runs_of_a_method_file_that_was_changed_share_no_row(tmp_path):
+    runs = [
+        make_run(tmp_path / f"r-seed{seed}", result("knn", 40.0), seed=seed, method__name="./mine.py")
+        for seed in (0, 1, 2)
+    ]
+    for run, content in zip(runs, ("a", "b", "b"), strict=True):
+        (run / "method.py").write_text(content)
+    assert [row[-2] for row in table(compare(runs))[1:]] == ["0", "1, 2"]
+
+
 def test_no_training_seed_counts_twice(tmp_path):
     runs = [make_run(tmp_path / place / "r-seed0", result("knn", x)) for place, x in (("one", 40.0), ("two", 44.0))]
     rows = table(compare([*runs, runs[0]]))[1:]
@@ -121,22 +200,134 @@ def test_a_missing_seed_is_told(tmp_path):
         ({"protocol": {**SMALL, "name": "cached"}}, ["linear (ressl_small)", "linear (cached)"]),
         (
             {"data": ["c" * 64, HASHES[1]], "train": "other.beton"},
-            ["linear [digits_train.beton, digits_test.beton]", "linear [other.beton, digits_test.beton]"],
+            ["linear (digits_train.beton)", "linear (other.beton)"],
         ),
-        ({"data": ["c" * 64, HASHES[1]]}, ["linear #1", "linear #2"]),
-        ({"protocol": {**SMALL, "lr": 7.0}}, ["linear #1", "linear #2"]),
-        ({"data": [None, None], "num_train": 5}, ["linear #1", "linear #2"]),
+        ({"data": ["c" * 64, HASHES[1]]}, ["linear (train aaaaaaaa)", "linear (train cccccccc)"]),
+        ({"protocol": {**SMALL, "lr": 7.0}}, ["linear (lr 0.2)", "linear (lr 7)"]),
+        (
+            {"protocol": {"name": "ressl_small", "lr": 7.0}},
+            [
+                "linear (optimizer sgd, lr 0.2, epochs 100, 2 more)",
+                "linear (optimizer none, lr 7, epochs none, 2 more)",
+            ],
+        ),
+        (
+            {"data": [None, None], "num_train": 5},
+            ["linear (8400 training images)", "linear (5 training images)"],
+        ),
+        (
+            {"data": [None, HASHES[1]]},
+            ["linear (train aaaaaaaa)", "linear (train of unknown content)"],
+        ),
+        (
+            {"data": [*HASHES, "c" * 32], "subset": "10 %, draw 0"},
+            ["linear (all images)", "linear (10 %, draw 0)"],
+        ),
+        (
+            {"training_views": [{"size": 8, "flip": 0.5}]},
+            ["linear", "linear (training views not recorded)"],
+        ),
+        ({"view": {"size": 8, "box": "whole"}}, ["linear", "linear (8 px)"]),
     ],
-    ids=["protocol", "data", "data of one name", "setting", "no manifest"],
+    ids=[
+        *("protocol", "data", "data of one name", "setting", "settings", "no manifest", "one manifest", "share"),
+        *("training views", "view"),
+    ],
 )
 def test_other_protocols_and_data_never_share_a_column(tmp_path, change, label):
     a = make_run(tmp_path / "a", result("linear", 40.0), result("knn", 30.0))
     b = make_run(tmp_path / "b", result("linear", 50.0, **change), result("knn", 31.0), train__epochs=1)
     found = compare([a, b])
     rows = table(found)
-    assert rows[0][-3:] == ["kNN", *label]
+    assert rows[0][-3] == "kNN"
+    assert sorted(rows[0][-2:]) == sorted(label)
     assert [row[-2:] for row in rows[1:]] == [["40.00", "–"], ["–", "50.00"]]
-    assert notes(found)[-1] == "more than one protocol or data set, and so more than one column: linear"
+    assert "more than one protocol or data set, and so more than one column: linear" in notes(found)
+
+
+def test_columns_that_only_draws_and_lists_tell_apart(tmp_path):
+    """Of a file with a manifest and of one without, which has no hash: names and numbers of images are the same."""
+    chosen = [("10 %, draw 0", "0" * 32), ("10 %, draw 1", "1" * 32), ("mine.txt", "2" * 32), ("mine.txt", "3" * 32)]
+    for name, hashes in (("with", HASHES), ("without", [None, None])):
+        found = [
+            result("knn", 40.0 + i, subset=told, num_train=840, data=[*hashes, images])
+            for i, (told, images) in enumerate(chosen)
+        ]
+        runs = [make_run(tmp_path / name / str(e), *found, train__epochs=e) for e in (1, 2)]
+        header, first, _ = table(compare(runs))
+        assert header[-4:] == [
+            "kNN (10 %, draw 0)",
+            "kNN (10 %, draw 1)",
+            "kNN (mine.txt, choice of images 22222222)",
+            "kNN (mine.txt, choice of images 33333333)",
+        ]
+        assert first[-4:] == ["40.00", "41.00", "42.00", "43.00"]
+
+
+@pytest.mark.parametrize("data", [None, [None, None], HASHES])
+def test_shares_have_columns_of_their_own_where_their_images_have_no_hash(tmp_path, data):
+    """As in entries of earlier versions."""
+    found = [result("knn", 40.0 + i, subset=f"10 %, draw {i}", data=data) for i in (0, 1)]
+    header, first, _ = table(compare([make_run(tmp_path / str(e), *found, train__epochs=e) for e in (1, 2)]))
+    assert header[-2:] == ["kNN (10 %, draw 0)", "kNN (10 %, draw 1)"]
+    assert first[-2:] == ["40.00", "41.00"]
+
+
+def test_training_views_are_part_of_a_measurement(tmp_path):
+    def linear(top1: float, *views: dict[str, Any]) -> dict[str, Any]:
+        return result("linear", top1, training_views=list(views))
+
+    mine, other = {"box": {"byol": {}}, "flip": 0.5}, {"box": {"byol": {"scale": [0.2, 1.0]}}, "flip": 0.5}
+    a = make_run(tmp_path / "a", linear(40.0, mine), linear(41.0, other), linear(42.0, mine, {"flip": 1.0}))
+    b = make_run(tmp_path / "b", linear(50.0, mine), train__epochs=1)
+    header, _, second = table(compare([a, b]))
+    assert len(set(header[-3:])) == 3
+    assert all(label.startswith("linear (training views: ") for label in header[-3:])
+    assert second[-3:] == ["50.00", "–", "–"]
+
+
+def test_data_without_a_manifest_are_told(tmp_path):
+    """They are known by name and number only, which may be those of other images."""
+    entries = [result("knn", 40.0, data=[None, None]), result("linear", 40.0)]
+    runs = [make_run(tmp_path / str(e), *entries, train__epochs=e) for e in (1, 2)]
+    assert notes(compare(runs))[-1] == "data without a manifest, known by name and number of images only: kNN"
+
+
+def test_data_of_one_name_are_told_apart_beneath_the_table(tmp_path):
+    entries = [result("knn", 40.0), result("knn", 41.0, data=["c" * 64, HASHES[1]])]
+    found = compare([make_run(tmp_path / str(e), *entries, train__epochs=e) for e in (1, 2)])
+    lines = [line for line in notes(found) if line.startswith("kNN (train ")]
+    assert [line.split("; content ")[1] for line in lines] == ["aaaaaaaa bbbbbbbb", "cccccccc bbbbbbbb"]
+    assert "pre-trained" not in "".join(lines)
+
+
+def test_the_csv_tells_lines_of_one_protocol_apart(tmp_path):
+    entries = [
+        result("knn", 40.0, view={"size": 12}),
+        result("knn", 41.0, data=["c" * 64, HASHES[1], "d" * 32], subset="10 %, draw 1", update=900),
+        result("linear", 42.0, weights="finetuned", weights_file="finetuned-seed0.safetensors"),
+        result("linear", 43.0, data=[None, HASHES[1]], training_views=[{"flip": 0.5}]),
+    ]
+    runs = [make_run(tmp_path / str(e), *entries, train__epochs=e) for e in (1, 2)]
+    runs.append(make_run(tmp_path / "random", result("knn", 9.0, weights="random", view={"size": 12})))
+    *lines, random = csv.DictReader(io.StringIO(csv_text(compare(runs))))
+    assert (random["weights"], random["pretraining_data"], random["pretraining_data_hash"]) == ("random", "", "")
+    assert lines.pop()["weights"] == "random"
+    told = {
+        line["mean"]: [
+            line[key] for key in ("weights_file", "update", "subset", "data_hashes", "view", "training_views")
+        ]
+        for line in lines
+        if line["metric"] == "top1"
+    }
+    a, b, c = HASHES[0], HASHES[1], "c" * 64
+    assert told == {
+        "40.0": ["", "", "", f"{a} {b}", '{"size": 12}', ""],
+        "41.0": ["", "900", "10 %, draw 1", f"{c} {b} {'d' * 32}", "", ""],
+        "42.0": ["finetuned-seed0.safetensors", "", "", f"{a} {b}", "", ""],
+        "43.0": ["", "", "", f"unknown {b}", "", '[{"flip": 0.5}]'],
+    }
+    assert {line["pretraining_data_hash"] for line in lines} == {"a" * 64}
 
 
 def test_a_changed_protocol_is_not_named_twice(tmp_path):

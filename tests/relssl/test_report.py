@@ -435,6 +435,83 @@ def test_the_final_table_tells_protocols_apart_and_takes_the_last_of_equals():
     assert results_table([]) == rows[:1]
 
 
+def with_lr(lr: float) -> dict[str, Any]:
+    return {"protocol": {**SMALL, "name": "ressl_small (changed)", "lr": lr}}
+
+
+def test_only_the_same_measurement_stands_beside_random_weights():
+    """Of one protocol's name and of data files of one name there may be several."""
+    a, b = (["a" * 64, "f" * 64], ["b" * 64, "f" * 64])
+    warm = {"protocol": {"name": "kNN", "k": 20, "temperature": 1.0}, "data": a}
+    cold = {"protocol": {"name": "kNN", "k": 20, "temperature": 0.07}, "data": a}
+    results = [
+        entry("linear", "random", 31.0, **with_lr(1e-5)),
+        entry("linear", "pretrained", 45.0, **with_lr(0.001)),
+        entry("knn", "random", 30.0, **cold),
+        entry("knn", "random", 29.0, **{**cold, "data": b}),
+        entry("knn", "pretrained", 41.0, **warm),
+        entry("knn", "pretrained", 40.0, **cold),
+    ]
+    assert results_table(results)[1:] == [
+        ["kNN (temperature 0.07, train aaaaaaaa)", "30.00", "40.00", "+10.00"],
+        ["kNN (temperature 0.07, train bbbbbbbb)", "29.00", "–", "–"],
+        ["kNN (temperature 1)", "–", "41.00", "–"],
+        ["linear (lr 1e-05)", "31.00", "–", "–"],
+        ["linear (lr 0.001)", "–", "45.00", "–"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "label"),
+    [
+        ({"view": {"size": 8, "box": "whole"}}, "linear (8 px)"),
+        ({"subset": "10 %, draw 1"}, "linear (10 %, draw 1)"),
+        ({"training_views": [{"size": 8}]}, "linear"),
+        ({"num_train": 84}, "linear (84 training images)"),
+        ({"weights_file": "other.safetensors"}, "linear (other.safetensors)"),
+    ],
+)
+def test_what_else_makes_another_measurement(change, label):
+    rows = results_table([entry("linear", "random", 31.0), entry("linear", "pretrained", 45.0, **change)])[1:]
+    assert [row[1:] for row in rows] == [["31.00", "–", "–"], ["–", "45.00", "–"]]
+    assert rows[1][0] == label
+    assert rows[0][0] != label
+
+
+def test_every_setting_of_a_protocol_has_its_row(tmp_path):
+    results = [*RESULTS, *(entry("linear", "pretrained", 40.0 + lr, **with_lr(lr)) for lr in (1.0, 2.0))]
+    assert [row[0] for row in results_table(results)[2:]] == [
+        "linear (ressl_small)",
+        "linear (ressl_small (changed), lr 1)",
+        "linear (ressl_small (changed), lr 2)",
+    ]
+    page = page_of(fake_run(tmp_path, results=results))
+    assert [row[-2] for row in page.cells if row[0].startswith("linear") and row[0].endswith("top-1")] == [
+        "63.8",
+        "",
+        "",
+    ]  # the paper's figure is of its protocol
+    tiles = re.findall(r'class="name">([^<]+)<', (tmp_path / "report.html").read_text())
+    assert tiles == [
+        "kNN top-1",
+        "linear (ressl_small) top-1",
+        "loss",
+        "images per second",
+        "training time",
+    ]  # one of each evaluator
+
+
+def test_checkpoints_of_one_measurement_share_a_curve(tmp_path):
+    def at(update: int, top1: float, **change: Any) -> dict[str, Any]:
+        return entry("linear", "pretrained", top1, update=update, **change)
+
+    results = [at(u, 40.0 + u, **with_lr(lr)) for u in (320, 640) for lr in (1.0, 2.0)]
+    page = page_of(fake_run(tmp_path, results=results))
+    title = "linear top-1 of checkpoints, % (ressl_small (changed), digits_train.beton): lr"
+    assert f"{title} 1" in page.text
+    assert f"{title} 2" in page.text
+
+
 def test_ticks_enclose_the_data_in_round_steps():
     assert nice_ticks(0, 30, 5) == [0, 10, 20, 30]
     assert nice_ticks(2.1, 7.4, 5) == pytest.approx([2, 4, 6, 8])

@@ -100,6 +100,50 @@ def test_the_last_analysis_counts(tmp_path):
     assert ["RankMe, the effective rank", "30.0"] in page.cells
 
 
+A, B = (["a" * 64, "f" * 64], ["b" * 64, "f" * 64])
+
+
+def test_only_equal_data_are_put_side_by_side(tmp_path):
+    """Two files of one name: each has a table and a chart of its own, and the caption tells them apart."""
+    results = [
+        {**CURVES[0], "data": A},
+        {**CURVES[1], "data": B},
+        analysis("random", 5.0, data=A),
+        analysis("pretrained", 30.04, data=B),
+    ]
+    page = page_of(analysed_run(tmp_path / "run", *results))
+    assert ["labels", "images", "pre-trained"] in page.cells
+    assert ["labels", "images", "random initialisation"] in page.cells
+    assert ["1 a class", "3", "21.00 ± 1.41"] in page.cells
+    assert ["1 a class", "3", "11.00 ± 1.41"] in page.cells
+    assert [row[1:] for row in page.cells if row[0].startswith("RankMe")] == [["30.0"], ["5.0"]]
+    for name in ("train aaaaaaaa", "train bbbbbbbb"):
+        assert f"Of the training images, digits_train.beton ({name})." in page.text
+        assert f"trained on digits_train.beton, tested on digits_test.beton ({name})." in page.text
+
+
+def test_the_pair_of_equal_data_is_found_among_others(tmp_path):
+    """The last random figure is of other data than the last pre-trained one."""
+    entries = [analysis(w, x, data=d) for w, x, d in (("pretrained", 30.0, A), ("random", 5.0, A), ("random", 6.0, B))]
+    page = page_of(analysed_run(tmp_path / "run", *entries))
+    assert [row[1:] for row in page.cells if row[0].startswith("RankMe")] == [["5.0", "30.0"], ["6.0"]]
+
+
+def test_other_weights_of_a_folder_are_not_shown_as_those_of_the_run(tmp_path):
+    entries = [
+        analysis("pretrained", 30.0, data=A, update=None),
+        analysis("pretrained", 7.0, data=B, weights_file="imported.safetensors"),
+        analysis("pretrained", 8.0, data=B, update=900),
+    ]
+    page = page_of(analysed_run(tmp_path / "run", *entries))
+    assert [row[1:] for row in page.cells if row[0].startswith("RankMe")] == [["30.0"]]
+
+
+def test_draws_are_told_of_both_curves(tmp_path):
+    page = page_of(analysed_run(tmp_path / "run", CURVES[0], {**CURVES[1], "seeds": [0, 1, 2]}))
+    assert "over 3 and 2 draws of labels" in page.text
+
+
 def test_of_many_classes_the_weakest_and_the_strongest(tmp_path):
     rows = [{"class": f"c{i}", "images": 10, "recall": float(i), "precision": 1.0} for i in range(50)]
     page = page_of(analysed_run(tmp_path / "run", analysis("pretrained", 1.0, per_class=rows)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipelines import beton
 from pipelines.errors import ConfigError, InputError, RunError
 from relssl import checkpoint
 from relssl.config import load_recipe
@@ -83,6 +85,23 @@ def test_a_run_leaves_what_it_promises(recipe_file, tmp_path):
     assert RunFolder(out).recipe() == load_recipe(recipe_file)
     assert len(checkpoint.list_checkpoints(out / "checkpoints")) == 3  # keep: 3
     assert not list(out.rglob("*.writing*"))
+
+
+def test_a_run_says_what_it_was_trained_on(recipe_file, tmp_path):
+    """By content; earlier runs by their checkpoints; where there is no hash, by the place."""
+    data, folder = tmp_path / "train.beton", RunFolder(tmp_path / "run")
+    run(recipe_file, folder.path, "eval.online=null", "train.epochs=1")
+    with beton.open(data) as files:
+        expected = {"images": tiny.COUNT, "hash": files.content_hash}
+    assert json.loads(folder.environment.read_text())["training_data"] == expected
+    folder.environment.write_text("{}")
+    assert folder.training_data() == expected
+    shutil.rmtree(folder.checkpoints)
+    assert folder.training_data() is None
+    beton.manifest_path(data).unlink()
+    other = RunFolder(tmp_path / "other")
+    run(recipe_file, other.path, "eval.online=null", "train.epochs=1")
+    assert other.training_data() == {"images": tiny.COUNT, "hash": None, "files": [str(data.resolve())]}
 
 
 def test_one_seed_gives_one_result_and_another_another(recipe_file, tmp_path):

@@ -276,6 +276,35 @@ def test_the_card_of_imported_weights_says_so(tmp_path) -> None:
     assert "| seed |" not in text
 
 
+def test_the_card_has_the_results_of_its_own_weights(tmp_path) -> None:
+    """A folder may hold several fine-tuned files, and checkpoints that were evaluated besides."""
+    run = run_of(tmp_path, {"name": "conv4"})
+    weights = open_weights(run)
+
+    def add(top1: float, origin: str, **changes: Any) -> None:
+        score = {"mean": top1, "std": 0.0, "values": [top1]}
+        told = {"weights_file": None, "update": None, "epochs": 0 if origin == "random" else 3}
+        RunFolder(run).add_result({"evaluator": "knn", "weights": origin, "top1": score, **told, **changes})
+
+    for name in ("first", "second", "unmeasured"):
+        save_backbone(run / f"{name}.safetensors", weights.backbone, weights.recipe, 3, origin="finetuned")
+    add(10.0, "random")
+    add(40.0, "pretrained")
+    add(41.0, "pretrained", update=900)
+    add(50.0, "finetuned", weights_file="first.safetensors")
+    add(60.0, "finetuned", weights_file="second.safetensors")
+    expected = {
+        run: ["10.00", "40.00"],
+        run / "first.safetensors": ["10.00", "50.00"],
+        run / "second.safetensors": ["10.00", "60.00"],
+        run / "unmeasured.safetensors": [],
+    }
+    for place, figures in expected.items():
+        _, text = card_of(export(place, tmp_path / f"{place.stem}-out.safetensors", "safetensors"))
+        assert re.findall(r"top-1 ([\d.]+) %", text) == figures
+        assert ("Unmeasured" in text) == (not figures)
+
+
 def test_the_light_package_has_load_backbone() -> None:
     code = "import sys, relssl; print(relssl.load_backbone.__name__, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

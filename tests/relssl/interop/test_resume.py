@@ -212,6 +212,7 @@ def rate_of_update(out: Path, update: int) -> float:
 def test_a_continued_run_says_where_it_comes_from(tmp_path) -> None:
     out, _ = brought_over(tmp_path, "relational", originals.relational("conv4"))
     told = json.loads((out / "imported.json").read_text())
+    assert set(json.loads((out / "env.json").read_text())["training_data"]) == {"images", "hash"}
     assert (told["file"], told["source"], told["continued"]) == ("theirs.pth", "relational", True)
     weights = open_weights(out)
     assert weights.imported == told
