@@ -1,7 +1,9 @@
 """What was measured how on what: which entries of results.json may stand side by side, and what tells the others apart.
 
 Two figures are the same measurement if evaluator, protocol, images and their preparation are equal, by their settings
-and by the content of the files. Names only serve as labels: two data sets, or two settings, may have one name.
+and by the content of the files. Names only serve as labels: two data sets, or two settings, may have one name. The
+normalisation that weights were trained with belongs to the weights, as their first layer does; only another one, of
+another recipe, tells a measurement apart.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Measurement:
     @classmethod
     def of(cls, entry: Entry) -> Measurement:
         """That of an entry of results.json, which may be an older version's."""
-        protocol, view, training = (_json(entry.get(key)) for key in ("protocol", "view", "training_views"))
+        protocol, view, training = _json(entry.get("protocol")), _json(_view(entry)), _json(_training_views(entry))
         data = entry.get("data")
         if not knows_content(entry):
             data = [data, *(entry.get(key) for key in ("train", "test", "num_train", "num_test", "subset"))]
@@ -123,8 +125,8 @@ def tellers(names: Sequence[str], entries: Sequence[Entry]) -> list[Teller]:
         lambda places: [protocol_word(names[place], entries[place]) for place in places],
         by_settings(lambda entry: _without_name(entry.get("protocol"))),
         by(view_text),
-        by_settings(lambda entry: entry.get("view")),
-        lambda places: _views_words([entries[place].get("training_views") for place in places]),
+        by_settings(_view),
+        lambda places: _views_words([_training_views(entries[place]) for place in places]),
         by(lambda entry: str(entry.get("subset") or "all images")),
         lambda places: _differing_names([entries[place] for place in places]),
         lambda places: _differing_counts([entries[place] for place in places]),
@@ -135,6 +137,22 @@ def tellers(names: Sequence[str], entries: Sequence[Entry]) -> list[Teller]:
 
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
+
+
+def _view(entry: Entry) -> Any:
+    return _prepared(entry, entry.get("view"))
+
+
+def _training_views(entry: Entry) -> Any:
+    views = entry.get("training_views")
+    return [_prepared(entry, view) for view in views] if isinstance(views, list) else views
+
+
+def _prepared(entry: Entry, view: Any) -> Any:
+    """A view, without the normalisation if that is the weights' own."""
+    if not isinstance(view, Mapping) or entry.get("own_normalisation") is False:
+        return view
+    return {key: value for key, value in view.items() if key != "normalize"}
 
 
 def _files(entry: Entry) -> list[str]:

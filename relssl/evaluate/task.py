@@ -366,6 +366,7 @@ class Task:
             "num_test": len(self.sets["test"]) if "test" in self.sets else None,
             "pretrained_on": None if self.weights.origin == "random" else _short(recipe.data.train),
             "view": view_text(self.view),
+            "own_normalisation": not self.weights.borrowed,
             "training_views": None if training_views is None else [view_text(spec) for spec in training_views],
             "backbone": recipe.backbone.name,
             "method": recipe.method_name,

@@ -301,6 +301,21 @@ def test_data_of_one_name_are_told_apart_beneath_the_table(tmp_path):
     assert "pre-trained" not in "".join(lines)
 
 
+def test_the_normalisation_of_the_weights_is_theirs_and_another_one_is_not(tmp_path):
+    """Methods have normalisations of their own; a view of another recipe has another recipe's."""
+
+    def knn(top1, mean, **more):
+        return result("knn", top1, view={"size": 12, "normalize": [[mean] * 3, [0.2] * 3]}, **more)
+
+    runs = [
+        make_run(tmp_path / "a", knn(40.0, 0.5, own_normalisation=True), knn(35.0, 0.1, own_normalisation=False)),
+        make_run(tmp_path / "b", knn(50.0, 0.4, own_normalisation=True)),
+    ]
+    header, a, b = table(compare(runs))
+    assert [a[-2:], b[-2:]] == [["40.00", "35.00"], ["50.00", "–"]]
+    assert "normalize" in header[-1]
+
+
 def test_the_csv_tells_lines_of_one_protocol_apart(tmp_path):
     entries = [
         result("knn", 40.0, view={"size": 12}),
