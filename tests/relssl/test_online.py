@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 
 import pytest
 import yaml
 
 from pipelines.errors import ConfigError
+from relssl import checkpoint
 from relssl.config import load_recipe, recipe_from
 from relssl.evaluate import Portion, evaluate_finetune, evaluate_linear, open_weights
+from relssl.evaluators import finetune as tuning
+from relssl.online import OnlineEvaluator
 from relssl.runfolder import RunFolder
 from relssl.train import train
 from tests.relssl import tiny
 from tests.relssl.test_distributed_training import ENVIRONMENT, ROOT, TORCHRUN
-from tests.relssl.test_train import assert_equal_states, final_state, losses
+from tests.relssl.test_train import Killed, assert_equal_states, final_state, losses, numbers
 
 NAMES = ["knn", "linear", "retrieval", "probe", "fewlabel", "finetune", "label_free"]
 QUICK = "probe: {options: {epochs: 1, least_updates: 4, lr: [0.1, 1.0], weight_decay: [0.0]}}"
@@ -120,6 +125,98 @@ def test_a_resumed_run_evaluates_as_one_that_was_not_interrupted(folder):
     for path in sorted((folder / "run" / "checkpoints").iterdir())[-2:]:
         (path / "COMPLETE").unlink()
     assert run(folder, "run", "train.epochs=2", EVERYTHING, resume=True) == whole
+
+
+TWO = "eval.online={every_epochs: 1, evaluators: {knn: {}, linear: {options: {epochs: 1}}}}"
+BY_EPOCH = ["train.epochs=2", "train.checkpoint={every_epochs: 1, every_updates: null, keep: 1}"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A folder with the recipe, and `whole`: a run of two epochs with two evaluators after each."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    tiny.write_recipe(folder)
+    run(folder, "whole", *BY_EPOCH, TWO)
+    return folder
+
+
+def kill_at_call(monkeypatch, owner, name, count):
+    """The `count`-th call of a function kills the run."""
+    original, calls = getattr(owner, name), []
+
+    def dying(*args, **options):
+        calls.append(1)
+        if len(calls) == count:
+            raise Killed
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+@pytest.mark.parametrize("epoch", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("place", ["before", "between two records", "before the mark", "after"])
+def test_a_run_killed_about_an_evaluation_makes_it_once(uninterrupted, tmp_path, monkeypatch, place, epoch):
+    """Its checkpoint is there already; whoever reads metrics.jsonl afterwards sees each record once."""
+    owner, name, count = {
+        "before": (OnlineEvaluator, "run", epoch),
+        "between two records": (RunFolder, "append_metrics", 5 * epoch),  # three updates and two evaluators an epoch
+        "before the mark": (checkpoint, "mark_evaluated", epoch),
+        "after": (RunFolder, "append_metrics", 6) if epoch == 1 else (OnlineEvaluator, "neighbour_sheet", 1),
+    }[place]
+    recipe = load_recipe(uninterrupted / "tiny.yaml", [*BY_EPOCH, TWO])
+    with monkeypatch.context() as patched:
+        kill_at_call(patched, owner, name, count)
+        with pytest.raises(Killed):
+            train(recipe, tmp_path / "cut")
+    (kept,) = checkpoint.list_checkpoints(tmp_path / "cut" / "checkpoints")
+    assert checkpoint.update_of(kept) == 3 * epoch
+    assert checkpoint.load(kept).position == checkpoint.Position(epoch, 0, 3 * epoch)
+    made = []
+    original = OnlineEvaluator.run
+    monkeypatch.setattr(OnlineEvaluator, "run", lambda *args, **more: made.append(1) or original(*args, **more))
+    assert train(recipe, tmp_path / "cut", resume=True) == 0
+    assert len(made) == 2 - epoch + (place != "after")
+    assert numbers(tmp_path / "cut") == numbers(uninterrupted / "whole")
+    assert_equal_states(final_state(tmp_path / "cut"), final_state(uninterrupted / "whole"))
+
+
+LONG = "eval.online={every_epochs: 1, evaluators: {knn: {}, finetune: {options: {protocol: plain, epochs: 3}}}}"
+
+
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_signal_ends_a_long_evaluation_and_it_is_made_later(folder, monkeypatch, every):
+    """With a checkpoint of the epoch before the evaluation, or none but the one that the signal asks for."""
+    options = ["train.epochs=2", f"train.checkpoint={{every_epochs: {every}, every_updates: null}}", LONG]
+    run(folder, "whole", *options)
+    begun, original = [], tuning._train_epoch
+
+    def signalled(model, head, optimizer, batches, *rest):
+        begun.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(model, head, optimizer, batches, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning, "_train_epoch", signalled)
+        assert train(load_recipe(folder / "tiny.yaml", options), folder / "cut") == 128 + signal.SIGTERM
+    assert len(begun) == 1
+    assert {record["kind"] for record in RunFolder(folder / "cut").read_metrics()} == {"train"}
+    log = (folder / "cut" / "log.txt").read_text()
+    assert "epoch 1: the evaluation was cut short and will be made when the run goes on" in log
+    assert "stopped at update 3 of 6 by SIGTERM; a checkpoint is written" in log
+    run(folder, "cut", *options, resume=True)
+    assert numbers(folder / "cut") == numbers(folder / "whole")
+    assert_equal_states(final_state(folder / "cut"), final_state(folder / "whole"))
+
+
+def test_a_signal_ends_the_evaluation_of_weights_that_are_not_trained(tmp_path, monkeypatch):
+    plan = [{"name": "view", "size": 12}]
+    tiny.write_recipe(tmp_path, method={"name": "random"}, views__plan=plan)
+    original = tuning._train_epoch
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning, "_train_epoch", lambda *args: os.kill(os.getpid(), signal.SIGINT) or original(*args))
+        assert train(load_recipe(tmp_path / "tiny.yaml", [LONG]), tmp_path / "run") == 130
+    assert not (tmp_path / "run" / "backbone.safetensors").exists()
+    assert [r["evaluator"] for r in run(tmp_path, "run", LONG, resume=True)] == ["knn", "finetune"]
 
 
 @pytest.mark.parametrize(
