@@ -122,11 +122,17 @@ class OnlineEvaluator:
         found, watch = _Features(encoder, train, test), _watch(stop)
         records = []
         for name in due:
+            problem = ""
             try:
                 watch()
                 records.append(self._measure(name, found, watch))
             except (ConfigError, InputError, RunError) as error:  # no reason to lose the run
-                records.append({"evaluator": name, "problem": str(error)})
+                problem = str(error)
+            except RuntimeError as error:  # nor is one of torch's, such as no memory for a second backbone
+                problem = str(error).strip().partition("\n")[0] or type(error).__name__
+            if problem:
+                records.append({"evaluator": name, "problem": problem})
+                self._free_memory()
         return records
 
     def _measure(self, name: str, found: _Features, watch: Watch) -> dict[str, Any]:
@@ -145,6 +151,11 @@ class OnlineEvaluator:
         if name == "knn" and _NEEDS_NO_LABELS not in self.settings:
             record["rankme"] = rankme(train_x)
         return record
+
+    def _free_memory(self) -> None:
+        """Give back what an evaluator held when it failed; its frames, which held it, are gone with the error."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _labelled(self, settings: Labelled, encoder: nn.Module, data: Sequence[Tensor], watch: Watch) -> dict[str, Any]:
         """A protocol: on the features that there are where it can, on the images where it must."""

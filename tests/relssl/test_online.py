@@ -8,6 +8,7 @@ import signal
 import subprocess
 
 import pytest
+import torch
 import yaml
 
 from pipelines.errors import ConfigError
@@ -112,6 +113,39 @@ def test_one_that_cannot_measure_does_not_silence_the_others(folder):
     records = run(folder, "run", "train.epochs=1", f"eval.online={{evaluators: {evaluators}}}")
     assert [r["evaluator"] for r in records] == ["knn"]
     assert "retrieval not evaluated: k = 99 neighbours" in (folder / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"), "CUDA out of memory."),
+        (RuntimeError(""), "RuntimeError"),
+    ],
+)
+def test_one_that_has_no_memory_does_not_end_the_run(folder, monkeypatch, error, problem):
+    freed = []
+
+    def failing(*args):
+        raise error
+
+    monkeypatch.setattr("relssl.online.finetune_on", failing)
+    monkeypatch.setattr(OnlineEvaluator, "_free_memory", lambda self: freed.append(self))
+    evaluators = "{finetune: {options: {protocol: plain}}, label_free: {}}"
+    records = run(folder, "run", "train.epochs=1", f"eval.online={{evaluators: {evaluators}}}")
+    assert [r["evaluator"] for r in records] == ["rankme"]
+    assert len(freed) == 1
+    assert f"finetune not evaluated: {problem}\n" in (folder / "run" / "log.txt").read_text()
+
+
+def test_features_that_no_process_can_extract_end_the_run(folder, monkeypatch):
+    """All extract them together: one that went on alone would leave the others waiting."""
+
+    def failing(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("relssl.online.encode", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(folder, "run", "train.epochs=1")
 
 
 def test_without_labels_the_label_free_measures_take_their_place(tmp_path):
