@@ -354,6 +354,20 @@ def test_across_data_sets(run, trained, tmp_path, capsys):
     assert "pre-trained on train.beton; trained on b-train.beton" in write_report(run).read_text()
 
 
+@pytest.mark.parametrize("side", ["train", "test"])
+def test_labels_beyond_the_classes_of_the_other_side_are_refused(run, tmp_path, side):
+    """Only one side says how many classes there are."""
+    named = write_classes(tmp_path / "named.beton", [0, 1] * 6, classes=["a", "b"])
+    numbered = write_classes(tmp_path / "numbered.beton", [*range(7), 0])
+    data = (numbered, named) if side == "train" else (named, numbered)
+    for evaluate in (evaluate_knn, evaluate_linear, evaluate_finetune, evaluate_retrieval):
+        with pytest.raises(InputError, match=r"numbered.beton has labels up to 6, and the classes are 2 \(a, b\)"):
+            evaluate(open_weights(run), *data)
+    fits = write_classes(tmp_path / "fits.beton", [0, 1] * 6)
+    (entry,) = evaluate_knn(open_weights(run), fits, named, k=3)
+    assert (entry["num_train"], entry["num_test"]) == (12, 12)
+
+
 def test_another_recipe_changes_evaluation_only(run, trained):
     weights = open_weights(run)
     recipe = load_recipe(trained / "tiny.yaml", ["eval.knn.k=2", "train.epochs=77"])
