@@ -7,9 +7,12 @@ run ends with the same bits whatever is evaluated, and how often.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -35,12 +38,15 @@ from relssl.evaluators.probe import FEATURES, ProbeProtocol, fast_probe
 from relssl.evaluators.retrieval import retrieval_scores
 from relssl.nets import build_backbone
 from relssl.online_options import FewLabels, Knn, LabelFree, Labelled, Retrieval, online_settings
+from relssl.progress import duration
 
 _SHEET_QUERIES, _SHEET_NEIGHBOURS = 8, 6
 _UNIFORMITY_IMAGES = 2048
 _UNREADABLE = 0.01  # as in training
 _FEW_LABELS = (1, 10, 100)  # a class
 _NEEDS_NO_LABELS = "label_free"
+# Before the patience of the other processes ends: what is measured without looking at the clock must end, too.
+_MARGIN = timedelta(minutes=15)
 
 Watch = Callable[[], None]
 
@@ -233,11 +239,19 @@ class OnlineEvaluator:
 
 
 def _watch(stop: Callable[[], bool]) -> Watch:
-    """Raises `Stopped` when called while `stop()` says so."""
+    """To be called now and then: raises `Stopped` while `stop()` says so, RunError when the others wait too long."""
+    most = (dist.PATIENCE - _MARGIN).total_seconds()
+    until = monotonic() + most if dist.world_size() > 1 else math.inf
 
     def look() -> None:
         if stop():
             raise Stopped
+        if monotonic() > until:
+            raise RunError(
+                f"the other processes have waited {duration(most)} for the evaluation, and would end the run after "
+                f"{duration(dist.PATIENCE.total_seconds())}. Evaluate with --follow on another device, or make it "
+                "shorter: percent, epochs"
+            )
 
     return look
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
+import time
 
 import pytest
 import torch
 import yaml
 
 from pipelines.errors import ConfigError
-from relssl import checkpoint
+from relssl import checkpoint, dist, online
 from relssl.config import load_recipe, recipe_from
 from relssl.evaluate import Portion, evaluate_finetune, evaluate_linear, open_weights
 from relssl.evaluators import finetune as tuning
@@ -20,6 +22,7 @@ from relssl.online import OnlineEvaluator
 from relssl.runfolder import RunFolder
 from relssl.train import train
 from tests.relssl import tiny
+from tests.relssl.dist_helpers import run_ranks
 from tests.relssl.test_distributed_training import ENVIRONMENT, ROOT, TORCHRUN
 from tests.relssl.test_train import Killed, assert_equal_states, final_state, losses, numbers
 
@@ -301,3 +304,56 @@ def test_two_processes_evaluate_as_one(folder):
     assert len(one) == len(two) == 7
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, abs=1e-6)
+
+
+# -- two processes, of which the main one evaluates and the other waits
+
+
+def _train_in_two(rank, recipe_file, out, options, meanwhile):
+    """Train; `meanwhile` happens on the main process when the fine-tuning begins. The exit code."""
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1"}
+    os.environ.update(place, MASTER_ADDR="127.0.0.1")
+    if rank == 0:
+        original = tuning._train_epoch
+        tuning._train_epoch = lambda *args: (meanwhile(), original(*args))[1]
+    return train(load_recipe(recipe_file, options), out)
+
+
+def _terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _wait_long():
+    online.monotonic = lambda: time.monotonic() + (dist.PATIENCE - online._MARGIN).total_seconds()
+
+
+@pytest.mark.slow
+def test_two_processes_leave_a_long_evaluation_together(folder):
+    """Only the main process hears of the signal, and the other learns of it."""
+    options = ["train.epochs=2", "train.checkpoint={every_epochs: 1, every_updates: null}", LONG]
+    codes = run_ranks(_train_in_two, 2, folder / "tiny.yaml", folder / "run", options, _terminate)
+    assert codes == [128 + signal.SIGTERM] * 2
+    assert [path.name for path in checkpoint.list_checkpoints(folder / "run" / "checkpoints")] == ["update-00000003"]
+    log = (folder / "run" / "log.txt").read_text()
+    assert "on 2 process(es)" in log
+    assert "stopped at update 3 of 6 by SIGTERM" in log
+    records = [(r["epoch"], r["evaluator"]) for r in run(folder, "run", *options, resume=True)]
+    assert records == [(1, "knn"), (1, "finetune"), (2, "knn"), (2, "finetune")]
+
+
+@pytest.mark.slow
+def test_an_evaluation_ends_before_the_patience_of_the_other_process(folder):
+    codes = run_ranks(_train_in_two, 2, folder / "tiny.yaml", folder / "run", ["train.epochs=2", LONG], _wait_long)
+    assert codes == [0, 0]
+    records = [r for r in RunFolder(folder / "run").read_metrics() if r["kind"] == "eval"]
+    made = [(r["epoch"], r["evaluator"]) for r in records]
+    assert made == [(1, "knn"), (2, "knn"), (2, "finetune")]  # the clock starts anew with each evaluation
+    log = (folder / "run" / "log.txt").read_text()
+    said = "finetune not evaluated: the other processes have waited 1 h 45 min for the evaluation"
+    assert log.count(said) == 1, log
+
+
+def test_one_process_keeps_nobody_waiting(folder, monkeypatch):
+    monkeypatch.setattr(online, "monotonic", itertools.count(0, 10_000).__next__)
+    records = run(folder, "run", "train.epochs=1", LONG)
+    assert [r["evaluator"] for r in records] == ["knn", "finetune"]
