@@ -15,6 +15,7 @@ from relssl.evaluators.few_labels import Amount
 from relssl.evaluators.finetune import FinetuneProtocol, finetune_protocol
 from relssl.evaluators.linear import LinearProtocol, linear_protocol
 from relssl.evaluators.probe import FEATURES, ProbeProtocol, probe_protocol
+from relssl.evaluators.protocols import usable_temperature
 
 Options = Mapping[str, Any]
 
@@ -71,8 +72,12 @@ def online_settings(section: Eval) -> dict[str, Settings]:
 def _knn(section: Eval, where: str, options: Options) -> Knn:
     found = _known(where, options, {"k": section.knn.k, "temperature": section.knn.temperature})
     temperature = found["temperature"]
-    if not _is_number(temperature) or temperature <= 0:
-        raise ConfigError(f"{where}.temperature is a number above 0, got {temperature!r}")
+    if not _is_number(temperature):
+        raise ConfigError(f"{where}.temperature is a number, got {temperature!r}")
+    try:
+        usable_temperature(temperature)
+    except ValueError as error:
+        raise ConfigError(f"{where}.temperature: {error}, got {temperature!r}") from None
     return Knn(_whole_number(f"{where}.k", found["k"]), float(temperature))
 
 

@@ -15,10 +15,11 @@ import yaml
 
 from pipelines.errors import ConfigError
 from relssl import checkpoint, dist, online
-from relssl.config import load_recipe, recipe_from
+from relssl.config import Eval, load_recipe, recipe_from
 from relssl.evaluate import Portion, evaluate_finetune, evaluate_linear, open_weights
 from relssl.evaluators import finetune as tuning
 from relssl.online import OnlineEvaluator
+from relssl.online_options import online_settings
 from relssl.runfolder import RunFolder
 from relssl.train import train
 from tests.relssl import tiny
@@ -267,7 +268,9 @@ def test_a_signal_ends_the_evaluation_of_weights_that_are_not_trained(tmp_path, 
         ("{evaluators: {label_free: {options: {k: 3}}}}", "unknown option of eval.online.evaluators.label_free: 'k'"),
         ("{every_epochs: 0}", "eval.online.every_epochs"),
         ("{evaluators: {knn: {options: {k: [3, 4]}}}}", r"knn.k takes whole numbers from 1, got \[3, 4\]"),
-        ("{evaluators: {knn: {options: {temperature: 0}}}}", "knn.temperature is a number above 0, got 0"),
+        ("{evaluators: {knn: {options: {temperature: 0}}}}", "knn.temperature: kNN temperature must be .*, got 0"),
+        ("{evaluators: {knn: {options: {temperature: 0.01}}}}", r"must be at least 0\.0125 .*, got 0\.01"),
+        ("{evaluators: {knn: {options: {temperature: warm}}}}", "knn.temperature is a number, got 'warm'"),
         ("{evaluators: {retrieval: {options: {k: [0]}}}}", "retrieval.k takes whole numbers from 1, got 0"),
         ("{evaluators: {probe: {options: {lrr: [1]}}}}", "unknown setting of the fast probe: 'lrr'"),
         ("{evaluators: {probe: {options: {layer: [layer1]}}}}", "probe.layer: .* --follow RUN --grid layer"),
@@ -282,6 +285,12 @@ def test_a_signal_ends_the_evaluation_of_weights_that_are_not_trained(tmp_path, 
 def test_what_cannot_be_evaluated_is_refused_before_the_run(folder, online, message):
     with pytest.raises(ConfigError, match=message):
         load_recipe(folder / "tiny.yaml", [f"eval.online={online}"])
+
+
+def test_a_temperature_that_is_no_number_is_refused():
+    options = {"evaluators": {"knn": {"options": {"temperature": float("nan")}}}}
+    with pytest.raises(ConfigError, match=r"knn\.temperature: kNN temperature must be at least 0\.0125 .*, got nan"):
+        online_settings(Eval(view={"size": 12}, online=options))
 
 
 def test_a_list_of_names_stands_for_their_defaults_and_survives_saving(folder):
