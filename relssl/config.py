@@ -198,7 +198,9 @@ class OnlineMeasure(Section):
         default_factory=dict,
         description=(
             "knn: k, temperature; linear: protocol (cached), its settings, percent, draw; retrieval: k; probe: its "
-            "settings; fewlabel: labels, percent, seeds; finetune: protocol (the recipe's), its settings, percent, draw"
+            "settings; fewlabel: labels, percent, seeds; finetune: protocol (the recipe's), its settings, percent, "
+            "draw. The percent of fewlabel is of the num_train features, that of linear and finetune of all training "
+            "images"
         ),
     )
 

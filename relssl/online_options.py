@@ -33,7 +33,10 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class FewLabels:
-    """`amounts` None: 1, 10 and 100 labels a class, as far as there are so many."""
+    """Amounts of the images whose features there are, `num_train` at most, and not of all training images.
+
+    `amounts` None: 1, 10 and 100 labels a class, as far as there are so many.
+    """
 
     amounts: Sequence[Amount] | None
     seeds: Sequence[int]
@@ -41,7 +44,7 @@ class FewLabels:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A protocol, and the share of the training images that has labels; None: all."""
+    """A protocol, and the share of all training images that has labels; None: the features that there are, or all."""
 
     protocol: LinearProtocol | FinetuneProtocol
     percent: float | None

@@ -18,6 +18,7 @@ from relssl import checkpoint, dist, online
 from relssl.config import Eval, load_recipe, recipe_from
 from relssl.evaluate import Portion, evaluate_finetune, evaluate_linear, open_weights
 from relssl.evaluators import finetune as tuning
+from relssl.evaluators.heads import logistic_regression
 from relssl.online import OnlineEvaluator
 from relssl.online_options import online_settings
 from relssl.runfolder import RunFolder
@@ -110,6 +111,20 @@ def test_what_needs_the_images_measures_as_its_command_does(folder):
         (e["evaluator"], e["top1"]["mean"], e["num_train"], e["num_test"]) for e in by_command
     ]
     assert [r["num_train"] for r in records] == [48, 24]
+
+
+def test_few_labels_are_drawn_from_the_features(folder, monkeypatch):
+    """A quarter of those that there are, not of all training images."""
+    drawn = []
+
+    def recorded(rows, index, *rest):
+        drawn.append(len(index))
+        return logistic_regression(rows, index, *rest)
+
+    monkeypatch.setattr("relssl.evaluators.few_labels.logistic_regression", recorded)
+    few = "evaluators: {fewlabel: {options: {percent: 25, seeds: [0, 1]}}}"
+    run(folder, "run", "train.epochs=1", f"eval.online={{num_train: 32, {few}}}")
+    assert drawn == [8, 8]
 
 
 def test_one_that_cannot_measure_does_not_silence_the_others(folder):
