@@ -96,21 +96,31 @@ def test_each_has_its_own_pace_and_options(folder):
     assert "rankme" in records[0]
 
 
-def test_what_needs_the_images_measures_as_its_command_does(folder):
-    linear = {"protocol": "ressl_small", "epochs": 1}
-    finetune = {"protocol": "plain", "epochs": 1, "batch_size": 16}
+@pytest.mark.parametrize(
+    ("linear", "few_linear"),
+    [({"protocol": "ressl_small", "epochs": 1}, {}), ({"protocol": "cached", "epochs": 5}, {"percent": 50, "draw": 2})],
+)
+def test_what_needs_the_images_measures_as_its_command_does(tmp_path, linear, few_linear):
+    """On pictures that are hard to tell, where another seed or draw shows."""
+    tiny.write_recipe(tmp_path, lighter=12)
+    finetune = {"protocol": "plain", "epochs": 2, "batch_size": 16}
     few = {"percent": 50, "draw": 1}
-    evaluators = {"linear": {"options": linear}, "finetune": {"options": {**finetune, **few}}}
-    records = run(folder, "run", "train.epochs=1", f"eval.online={{evaluators: {json.dumps(evaluators)}}}")
-    weights = open_weights(folder / "run")
-    protocol = {"protocol": linear.pop("protocol"), "options": linear, "seeds": [0]}
-    by_command = [evaluate_linear(weights, **protocol, device="cpu")]
-    protocol = {"protocol": finetune.pop("protocol"), "options": finetune, "seeds": [0]}
-    by_command.append(evaluate_finetune(weights, **protocol, portion=Portion(50, None, 1), device="cpu"))
-    assert [(r["evaluator"], r["top1"], r["num_train"], r["num_test"]) for r in records] == [
-        (e["evaluator"], e["top1"]["mean"], e["num_train"], e["num_test"]) for e in by_command
-    ]
-    assert [r["num_train"] for r in records] == [48, 24]
+    evaluators = {"linear": {"options": {**linear, **few_linear}}, "finetune": {"options": {**finetune, **few}}}
+    records = run(tmp_path, "run", "train.epochs=1", f"eval.online={{evaluators: {json.dumps(evaluators)}}}")
+    weights = open_weights(tmp_path / "run")
+
+    def by_command(evaluate, protocol, seed, percent=None, draw=0):
+        options = {key: value for key, value in protocol.items() if key != "protocol"}
+        chosen = {"protocol": protocol["protocol"], "options": options, "portion": Portion(percent, None, draw)}
+        entry = evaluate(weights, **chosen, seeds=[seed], device="cpu")
+        return entry["evaluator"], entry["top1"]["mean"], entry["num_train"], entry["num_test"]
+
+    expected = [by_command(evaluate_linear, linear, 0, **few_linear), by_command(evaluate_finetune, finetune, 0, **few)]
+    others = [by_command(evaluate_finetune, finetune, seed, 50, draw)[1] for seed, draw in ((1, 1), (0, 0))]
+    others.append(by_command(evaluate_finetune, finetune, 0)[1])
+    assert expected[1][1] not in others
+    assert [(r["evaluator"], r["top1"], r["num_train"], r["num_test"]) for r in records] == expected
+    assert [r["num_train"] for r in records] == [24 if few_linear else 48, 24]
 
 
 def test_few_labels_are_drawn_from_the_features(folder, monkeypatch):
