@@ -4,7 +4,8 @@
 
 `COMPLETE` is written last, inside a folder with a temporary name that is renamed when everything has reached the
 disk. It holds the SHA-256 of each file. Nothing is pickled. A checkpoint holds all the state there is: parameters,
-buffers, optimizer, gradient scaler and position.
+buffers, optimizer, gradient scaler and position. One at the end of an epoch is written before the epoch is evaluated;
+the empty file `EVALUATED` joins it afterwards.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pipelines.errors import InputError
 
 FORMAT = 1
 _COMPLETE = "COMPLETE"
+_EVALUATED = "EVALUATED"
 _TEMPORARY = ".writing-"
 _PREFIX = "update-"
 
@@ -92,6 +94,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.name.startswith(_PREFIX) and is_complete(path))
+
+
+def mark_evaluated(folder: Path, update: int) -> None:
+    """Note beside the checkpoint at an update, if there is one, that the evaluation there has been recorded."""
+    path = folder / f"{_PREFIX}{update:08d}"
+    if is_complete(path):
+        (path / _EVALUATED).touch()
+        _fsync(path)
+
+
+def is_evaluated(path: Path) -> bool:
+    """Whether the evaluation at a checkpoint has been recorded."""
+    return (path / _EVALUATED).is_file()
 
 
 def update_of(path: Path) -> int:

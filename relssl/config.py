@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipelines.engines import check_engine_name
 from pipelines.errors import ConfigError, InputError, unknown_name
 from pipelines.views import ViewSpec
+from relssl.evaluators.protocols import Temperature
 
 FORMAT = 1
 # Overrides that leave a recipe the one that reproduces its paper's row.
@@ -197,7 +198,9 @@ class OnlineMeasure(Section):
         default_factory=dict,
         description=(
             "knn: k, temperature; linear: protocol (cached), its settings, percent, draw; retrieval: k; probe: its "
-            "settings; fewlabel: labels, percent, seeds; finetune: protocol (the recipe's), its settings, percent, draw"
+            "settings; fewlabel: labels, percent, seeds; finetune: protocol (the recipe's), its settings, percent, "
+            "draw. The percent of fewlabel is of the num_train features, that of linear and finetune of all training "
+            "images"
         ),
     )
 
@@ -241,7 +244,7 @@ class Knn(Section):
     """`k` and `temperature` hold while training and where no protocol is named."""
 
     k: int = Field(20, gt=0)
-    temperature: float = Field(0.07, gt=0)
+    temperature: Temperature = 0.07
     protocol: str | None = Field(None, description="a named one of `relssl.evaluators.knn`, for `relssl eval knn`")
     view: dict[str, Any] | None = Field(None, description="the un-augmented view for kNN; eval.view when absent")
 

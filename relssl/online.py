@@ -7,9 +7,12 @@ run ends with the same bits whatever is evaluated, and how often.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -27,7 +30,7 @@ from relssl.evaluate.linear import linear_on
 from relssl.evaluate.task import Portion, Task
 from relssl.evaluate.weights import Weights
 from relssl.evaluators.few_labels import Amount, few_label_curve
-from relssl.evaluators.finetune import FinetuneResult
+from relssl.evaluators.finetune import FinetuneProtocol, FinetuneResult
 from relssl.evaluators.knn import knn_accuracy
 from relssl.evaluators.label_free import neighbours_of, rankme, uniformity
 from relssl.evaluators.linear import LinearProtocol, LinearResult, cached_batches, train_linear_probe
@@ -35,12 +38,21 @@ from relssl.evaluators.probe import FEATURES, ProbeProtocol, fast_probe
 from relssl.evaluators.retrieval import retrieval_scores
 from relssl.nets import build_backbone
 from relssl.online_options import FewLabels, Knn, LabelFree, Labelled, Retrieval, online_settings
+from relssl.progress import duration
 
 _SHEET_QUERIES, _SHEET_NEIGHBOURS = 8, 6
 _UNIFORMITY_IMAGES = 2048
 _UNREADABLE = 0.01  # as in training
 _FEW_LABELS = (1, 10, 100)  # a class
 _NEEDS_NO_LABELS = "label_free"
+# Before the patience of the other processes ends: what is measured without looking at the clock must end, too.
+_MARGIN = timedelta(minutes=15)
+
+Watch = Callable[[], None]
+
+
+class Stopped(Exception):
+    """The run is asked to end: the evaluation was left, and nothing of it is kept."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +104,18 @@ class OnlineEvaluator:
         every = {name: measure.every_epochs or self.online.every_epochs for name, measure in self.measures.items()}
         return [name for name, period in every.items() if last or epoch % period == 0]
 
-    def run(self, encoder: nn.Module, due: Sequence[str]) -> list[dict[str, Any]]:
+    def run(
+        self, encoder: nn.Module, due: Sequence[str], *, stop: Callable[[], bool] = lambda: False
+    ) -> list[dict[str, Any]]:
         """Records for metrics.jsonl, without update and epoch; none on the other ranks.
 
         An evaluator that cannot measure leaves {"evaluator", "problem"} and the others go on.
+
+        Args:
+            stop: whether to leave the evaluation; the main process asks it before each batch of images and each epoch.
+
+        Raises:
+            Stopped: on the main process, which alone measures.
         """
         if not due:
             return []
@@ -105,16 +125,23 @@ class OnlineEvaluator:
             return []
         if test is None:
             due = [_NEEDS_NO_LABELS]
-        found = _Features(encoder, train, test)
+        found, watch = _Features(encoder, train, test), _watch(stop)
         records = []
         for name in due:
+            problem = ""
             try:
-                records.append(self._measure(name, found))
+                watch()
+                records.append(self._measure(name, found, watch))
             except (ConfigError, InputError, RunError) as error:  # no reason to lose the run
-                records.append({"evaluator": name, "problem": str(error)})
+                problem = str(error)
+            except RuntimeError as error:  # nor is one of torch's, such as no memory for a second backbone
+                problem = str(error).strip().partition("\n")[0] or type(error).__name__
+            if problem:
+                records.append({"evaluator": name, "problem": problem})
+                self._free_memory()
         return records
 
-    def _measure(self, name: str, found: _Features) -> dict[str, Any]:
+    def _measure(self, name: str, found: _Features, watch: Watch) -> dict[str, Any]:
         settings = self.settings[name] if name in self.settings else LabelFree()
         train_x = found.train[0]
         if isinstance(settings, LabelFree) or found.test is None:
@@ -123,7 +150,7 @@ class OnlineEvaluator:
         data = tuple(part.to(self.device) for part in (*found.train, *found.test))
         counts = {"num_train": len(train_x), "num_test": len(found.test[0])}
         if isinstance(settings, Labelled):
-            measured = self._labelled(settings, found.encoder, data)
+            measured = self._labelled(settings, found.encoder, data, watch)
         else:
             measured = _ON_FEATURES[type(settings)](settings, *data)
         record = {"evaluator": name, **counts, **measured}
@@ -131,27 +158,39 @@ class OnlineEvaluator:
             record["rankme"] = rankme(train_x)
         return record
 
-    def _labelled(self, settings: Labelled, encoder: nn.Module, data: Sequence[Tensor]) -> dict[str, Any]:
+    def _free_memory(self) -> None:
+        """Give back what an evaluator held when it failed; its frames, which held it, are gone with the error."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _labelled(self, settings: Labelled, encoder: nn.Module, data: Sequence[Tensor], watch: Watch) -> dict[str, Any]:
         """A protocol: on the features that there are where it can, on the images where it must."""
         protocol = settings.protocol
         found: LinearResult | FinetuneResult
         if isinstance(protocol, LinearProtocol) and not protocol.augment and settings.percent is None:
-            found, counts = _linear(protocol, *data), {}
+            found, counts = _linear(protocol, *data, device=self.device, watch=watch), {}
         else:
-            with dist.alone(), self._task(settings, encoder) as task:
-                if isinstance(protocol, LinearProtocol):
+            with dist.alone(), self._task(settings, encoder, watch) as task:
+                if isinstance(protocol, FinetuneProtocol):
+                    found = finetune_on(task, protocol, 0)
+                elif protocol.augment:
                     found = linear_on(task, protocol, 0)
                 else:
-                    found = finetune_on(task, protocol, 0)
+                    images = (*task.features("train"), *task.features("test"))
+                    found = _linear(protocol, *images, device=self.device, watch=watch)
                 counts = {"num_train": len(task.sets["train"]), "num_test": len(task.sets["test"])}
         return {"top1": found.top1, "top5": found.top5, "protocol": protocol.name, **counts}
 
-    def _task(self, settings: Labelled, encoder: nn.Module) -> Task:
-        """The labelled data of the recipe, all of it, for a copy of the encoder as `relssl eval` would build it."""
+    def _task(self, settings: Labelled, encoder: nn.Module, watch: Watch) -> Task:
+        """The labelled data of the recipe, all of it, for a copy of the encoder as `relssl eval` would build it.
+
+        An epoch over the images may take long, so copies of that copy watch each batch.
+        """
         chosen = self.recipe.backbone
         with torch.random.fork_rng(devices=[]):  # building draws initial weights
             backbone = build_backbone(chosen.name, **chosen.options)
         backbone.load_state_dict(encoder.state_dict())
+        backbone.register_forward_pre_hook(lambda *_: watch())
         weights = Weights(backbone, self.recipe, "pretrained", None, Path())
         return Task(weights, None, None, str(self.device), portion=Portion(settings.percent, None, settings.draw))
 
@@ -199,6 +238,24 @@ class OnlineEvaluator:
         )
 
 
+def _watch(stop: Callable[[], bool]) -> Watch:
+    """To be called now and then: raises `Stopped` while `stop()` says so, RunError when the others wait too long."""
+    most = (dist.PATIENCE - _MARGIN).total_seconds()
+    until = monotonic() + most if dist.world_size() > 1 else math.inf
+
+    def look() -> None:
+        if stop():
+            raise Stopped
+        if monotonic() > until:
+            raise RunError(
+                f"the other processes have waited {duration(most)} for the evaluation, and would end the run after "
+                f"{duration(dist.PATIENCE.total_seconds())}. Evaluate with --follow on another device, or make it "
+                "shorter: percent, epochs"
+            )
+
+    return look
+
+
 def _knn(settings: Knn, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> dict[str, Any]:
     k = min(settings.k, len(x))
     return {**knn_accuracy(x, y, test_x, test_y, k=k, temperature=settings.temperature), "k": k}
@@ -209,10 +266,21 @@ def _retrieval(settings: Retrieval, x: Tensor, y: Tensor, test_x: Tensor, test_y
     return {"map": found["map"], **{f"recall_at_{k}": value for k, value in found["recall"].items()}}
 
 
-def _linear(protocol: LinearProtocol, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> LinearResult:
+def _linear(
+    protocol: LinearProtocol,
+    x: Tensor,
+    y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    device: torch.device,
+    watch: Watch,
+) -> LinearResult:
     batches = cached_batches(x, y, protocol.batch_size, seed=0, drop_last=protocol.drop_last)
-    classes = _num_classes(y, test_y)
-    return train_linear_probe(batches, len(batches), (test_x, test_y), x.shape[1], classes, protocol, 0, x.device)
+    test, classes = (test_x, test_y), _num_classes(y, test_y)
+    return train_linear_probe(
+        batches, len(batches), test, x.shape[1], classes, protocol, 0, device, lambda record: watch()
+    )
 
 
 def _probe(protocol: ProbeProtocol, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from relssl.evaluators.few_labels import Amount
 from relssl.evaluators.finetune import FinetuneProtocol, finetune_protocol
 from relssl.evaluators.linear import LinearProtocol, linear_protocol
 from relssl.evaluators.probe import FEATURES, ProbeProtocol, probe_protocol
+from relssl.evaluators.protocols import usable_temperature
 
 Options = Mapping[str, Any]
 
@@ -32,7 +33,10 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class FewLabels:
-    """`amounts` None: 1, 10 and 100 labels a class, as far as there are so many."""
+    """Amounts of the images whose features there are, `num_train` at most, and not of all training images.
+
+    `amounts` None: 1, 10 and 100 labels a class, as far as there are so many.
+    """
 
     amounts: Sequence[Amount] | None
     seeds: Sequence[int]
@@ -40,7 +44,7 @@ class FewLabels:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A protocol, and the share of the training images that has labels; None: all."""
+    """A protocol, and the share of all training images that has labels; None: the features that there are, or all."""
 
     protocol: LinearProtocol | FinetuneProtocol
     percent: float | None
@@ -71,8 +75,12 @@ def online_settings(section: Eval) -> dict[str, Settings]:
 def _knn(section: Eval, where: str, options: Options) -> Knn:
     found = _known(where, options, {"k": section.knn.k, "temperature": section.knn.temperature})
     temperature = found["temperature"]
-    if not _is_number(temperature) or temperature <= 0:
-        raise ConfigError(f"{where}.temperature is a number above 0, got {temperature!r}")
+    if not _is_number(temperature):
+        raise ConfigError(f"{where}.temperature is a number, got {temperature!r}")
+    try:
+        usable_temperature(temperature)
+    except ValueError as error:
+        raise ConfigError(f"{where}.temperature: {error}, got {temperature!r}") from None
     return Knn(_whole_number(f"{where}.k", found["k"]), float(temperature))
 
 

@@ -39,7 +39,7 @@ from relssl.config import Recipe
 from relssl.dist import mix
 from relssl.encode import encode, feature_loader
 from relssl.methods.base import DataInfo, Method, Step
-from relssl.online import OnlineEvaluator
+from relssl.online import OnlineEvaluator, Stopped
 from relssl.progress import Rate, Stopwatch, duration
 from relssl.runfolder import RunFolder, changed_settings
 from relssl.sheets import draw_views
@@ -150,7 +150,7 @@ class Trainer:
             self.accelerator.init_trackers("relssl")
         self.stopwatch, self.rate = Stopwatch(self.device), Rate(self.total, self.position.total)
         if not self.method.TRAINS:
-            return self._keep_initial_weights()
+            return self._keep_initial_weights(signals)
         self.method.train()
         while self.position.epoch < self.recipe.train.epochs:
             epoch = self.position.epoch
@@ -162,7 +162,9 @@ class Trainer:
                 if signals.agreed(self.device, due=self._is_report() or self.position.total % _AGREE_EVERY == 0):
                     self._save()
                     return self._stopped(signals)
-            self._end_epoch(epoch)
+            if self._end_epoch(epoch, signals):
+                self._save()
+                return self._stopped(signals)
         self._finish()
         return 0
 
@@ -213,28 +215,51 @@ class Trainer:
             seed=self.seed,
         )
 
-    def _end_epoch(self, epoch: int) -> None:
+    def _end_epoch(self, epoch: int, signals: StopSignals) -> bool:
+        """Whether a signal asks the run to end here.
+
+        The checkpoint comes before the evaluation, which may take long: a run that ends meanwhile has lost nothing, and
+        makes the evaluation when it is resumed.
+        """
         done = epoch + 1
-        last = done == self.recipe.train.epochs
-        if self.online is not None and (due := self.online.due(done, last=last)):
-            with self.stopwatch.on_host("evaluate"), self.rate.paused():
-                self._evaluate(done, due)
-        self.position = Position(done, 0, self.position.total)
+        last, stop = done == self.recipe.train.epochs, False
         every = self.recipe.train.checkpoint.every_epochs
         if last or (every is not None and done % every == 0):
             self._save()
+        if self.online is not None and (due := self.online.due(done, last=last)):
+            with self.stopwatch.on_host("evaluate"), self.rate.paused():
+                whole = self._evaluate(done, due, signals)
+            stop = signals.agreed(self.device, due=True)
+            if not whole:
+                return True
+        if self.is_main:
+            checkpoint.mark_evaluated(self.folder.checkpoints, self.position.total)
+        self.position = Position(done, 0, self.position.total)
+        return stop and not last  # what is left to do after the last epoch is soon done
 
-    def _evaluate(self, epoch: int, due: Sequence[str]) -> None:
+    def _evaluate(self, epoch: int, due: Sequence[str], signals: StopSignals) -> bool:
+        """Whether it was not cut short by a signal; of one that was nothing is recorded. The same on every rank."""
         assert self.online is not None
-        for record in self.online.run(self.method.evaluated, due):
+        records: list[dict[str, Any]] = []
+        whole = True
+        try:
+            records = self.online.run(self.method.evaluated, due, stop=lambda: signals.received is not None)
+        except Stopped:
+            whole = False
+        whole = bool(dist.gather(torch.tensor([whole], device=self.device)).all())
+        if not whole:
+            self._say(f"epoch {epoch}: the evaluation was cut short and will be made when the run goes on")
+        for record in records:
             if "problem" in record:
                 self._say(f"epoch {epoch}: {record['evaluator']} not evaluated: {record['problem']}")
             else:
                 self._record({"kind": "eval", "update": self.position.total, "epoch": epoch, **record})
+        return whole
 
-    def _keep_initial_weights(self) -> int:
-        if self.online is not None:
-            self._evaluate(0, self.online.due(0, last=True))
+    def _keep_initial_weights(self, signals: StopSignals) -> int:
+        if self.online is not None and not self._evaluate(0, self.online.due(0, last=True), signals):
+            signals.agreed(self.device, due=True)
+            return self._stopped(signals)
         self._finish()
         return 0
 
@@ -260,12 +285,14 @@ class Trainer:
                 self._check_metrics(self.latest)
             self._check_state()
             if self.is_main:
-                scaler = self.accelerator.scaler
+                scaler, position = self.accelerator.scaler, self.position
+                ends_epoch = position.update == self.per_epoch  # and its evaluation is still to come
+                extra = {"scaler": None if scaler is None else scaler.state_dict(), "data": self._data_identity()}
                 saved = Saved(
                     self.method.state_dict(),
                     checkpoint.optimizer_tensors(self.optimizer, self.names),
-                    self.position,
-                    {"scaler": None if scaler is None else scaler.state_dict(), "data": self._data_identity()},
+                    Position(position.epoch + 1, 0, position.total) if ends_epoch else position,
+                    {**extra, "evaluated": not ends_epoch},
                 )
                 checkpoint.save(self.folder.checkpoints, saved, keep=self.recipe.train.checkpoint.keep)
             self.accelerator.wait_for_everyone()
@@ -308,12 +335,18 @@ class Trainer:
         checkpoint.load_optimizer(self.optimizer, self.names, saved.optimizer)
         if self.accelerator.scaler is not None and saved.extra.get("scaler"):
             self.accelerator.scaler.load_state_dict(saved.extra["scaler"])
-        if self.is_main:
-            # A checkpoint after an epoch's last update lies before the epoch's evaluation, which runs again.
-            whole_epoch = saved.position.update == self.per_epoch
-            self.folder.forget_metrics_after(saved.position.total, evaluations_too=whole_epoch)
+        position = saved.position
+        if self._is_to_be_evaluated(path, saved):
+            position = Position(position.epoch - 1, self.per_epoch, position.total)
+        if self.is_main:  # where the evaluation at this very update was not finished, it is made anew
+            self.folder.forget_metrics_after(position.total, evaluations_too=position.update == self.per_epoch)
         self.accelerator.wait_for_everyone()
-        return saved.position
+        return position
+
+    def _is_to_be_evaluated(self, path: Path, saved: Saved) -> bool:
+        """Whether the evaluation of the epoch that a checkpoint ends was not finished. As the main process sees it."""
+        pending = not saved.extra.get("evaluated", True) and not checkpoint.is_evaluated(path)
+        return bool(dist.broadcast(torch.tensor([pending], device=self.device)))
 
     def _newest_readable(self, found: list[Path]) -> tuple[Path, Saved]:
         for path in reversed(found):
@@ -465,8 +498,9 @@ class Trainer:
             log.info(line)
 
     def _stopped(self, signals: StopSignals) -> int:
+        written = "a checkpoint is written" if self.method.TRAINS else "there is nothing to keep yet"
         self._say(
-            f"stopped at update {self.position.total} of {self.total} by {signals.name}; a checkpoint is written. "
+            f"stopped at update {self.position.total} of {self.total} by {signals.name}; {written}. "
             f"Go on with: relssl train {self.folder.config} --out {self.folder.path} --resume auto"
         )
         return signals.exit_code
@@ -585,7 +619,10 @@ def data_identity(loader: ViewLoader) -> dict[str, Any]:
 
 
 class StopSignals:
-    """Ctrl-C, SIGTERM and SIGUSR1 ask for a checkpoint and an orderly end; a second Ctrl-C ends at once."""
+    """Ctrl-C, SIGTERM and SIGUSR1 ask for a checkpoint and an orderly end; a second Ctrl-C ends at once.
+
+    The loop asks `agreed` after updates and evaluations; an evaluation of the main process looks at `received`.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None

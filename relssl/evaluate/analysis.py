@@ -14,6 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,8 +59,9 @@ def analyse(
 ) -> dict[str, Any]:
     """Everything that can be said about the features; adds entries to results.json and returns that of the analysis.
 
-    With labels for train and test: the fast probe's confusion matrix and per-class figures, and the few-label curve,
-    which is an entry of its own. With or without labels: RankMe, uniformity, alignment, a map, nearest neighbours.
+    With labels for train and test, as far as there are enough of them: the fast probe's confusion matrix and per-class
+    figures, and the few-label curve, which is an entry of its own. With or without labels: RankMe, uniformity,
+    alignment, a map, nearest neighbours.
 
     Args:
         map_kind: see `feature_map`; None draws no map.
@@ -78,12 +80,18 @@ def analyse(
         folder = weights.folder / task.name_for("analysis")
         folder.mkdir(exist_ok=True)
         found: dict[str, Any] = {"label_free": _label_free(task), "files": {}}
-        if task.labelled:
-            found |= _classes(task, folder, seed, found["files"])
+        one_class, all_single = _too_few(task)
+        if not task.labelled:
+            log.info("no labels for train and test: no confusion matrix and no few-label curve")
+        elif one_class:
+            log.info("all training images have the same label: no confusion matrix and no few-label curve")
+        else:
+            if all_single:
+                log.info("every class has a single training image, so nothing can be held out: no confusion matrix")
+            else:
+                found |= _classes(task, folder, seed, found["files"])
             if label_seeds:
                 few_labels_of(task, None, label_seeds, command)
-        else:
-            log.info("no labels for train and test: no confusion matrix and no few-label curve")
         if chosen_map is not None:
             _draw_map(task, folder, chosen_map, map_images, seed, found["files"])
         found["neighbours"] = _draw_neighbours(task, folder, found["files"])
@@ -95,6 +103,14 @@ def analyse(
             "pair_of_views": {key: PAIR[key] for key in ("box", "flip")},
         }
         return task.write("analysis", [], [], protocol, [seed], command, found)
+
+
+def _too_few(task: Task) -> tuple[bool, bool]:
+    """Whether the labelled training images are of one class, and whether each is alone in its class."""
+    if not task.labelled:
+        return False, False
+    counts = np.unique(task.sets["train"].labels, return_counts=True)[1]
+    return len(counts) < 2, bool((counts < 2).all())
 
 
 def _label_free(task: Task) -> dict[str, Any]:

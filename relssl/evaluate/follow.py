@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipelines.errors import ConfigError, InputError
+from pipelines.errors import ConfigError, InputError, RunError
 from relssl import checkpoint
 from relssl.evaluate.weights import Weights, from_checkpoint
 from relssl.runfolder import RunFolder, read_results
@@ -30,8 +30,9 @@ def follow_run(
 ) -> int:
     """Evaluate each checkpoint of a run once, oldest first, until the run has ended and none is left.
 
-    A checkpoint that the run deletes while it is being read is let go. The same `command` goes on where an earlier one
-    stopped: a checkpoint with such an entry in results.json is not evaluated again.
+    A checkpoint that the run deletes while it is being read is let go. One whose evaluation fails is passed over, once
+    another has been evaluated: what is wrong with the data or the command shows at the first. The same `command` goes
+    on where an earlier one stopped: a checkpoint with such an entry in results.json is not evaluated again.
 
     Args:
         run: the folder of a run.
@@ -43,7 +44,9 @@ def follow_run(
         How many checkpoints were evaluated.
 
     Raises:
-        InputError: this is not the folder of a run.
+        InputError: this is not the folder of a run; the first checkpoint cannot be evaluated; at the end, where others
+            were passed over.
+        RunError: the evaluation of the first checkpoint fails.
         ConfigError: it trains nothing, holds no checkpoint and none will come.
     """
     folder = RunFolder(run)
@@ -52,7 +55,7 @@ def follow_run(
     done = {e.get("update") for e in read_results(run) if (e.get("evaluator"), e.get("command")) == wanted}
     if done:
         log.info("%d checkpoints were evaluated by this command before", len(done))
-    count, waiting, passed_over = 0, False, set[Path]()
+    count, waiting, passed_over, failed = 0, False, set[Path](), list[str]()
     while True:
         trains = _is_in_training(run)  # asked before the look: what is written afterwards is seen at the next
         new = _new_checkpoints(folder, done, passed_over)
@@ -63,7 +66,15 @@ def follow_run(
                 passed_over.add(path)
                 continue
             log.info("%s", path)
-            evaluate(weights)
+            try:
+                evaluate(weights)
+            except (InputError, RunError) as error:
+                if not done:
+                    raise
+                log.info("passing over %s, which cannot be evaluated: %s", path, error)
+                passed_over.add(path)
+                failed.append(path.name)
+                continue
             done.add(weights.update)
             count += 1
         if new:
@@ -77,6 +88,11 @@ def follow_run(
     if not done:
         raise ConfigError(f"{run} is not in training and has no checkpoint; train it first, or evaluate its backbone")
     log.info("%s: no more checkpoints", "the run has ended" if folder.backbone.is_file() else "nobody trains it now")
+    if failed:
+        raise InputError(
+            f"{count} checkpoints of {run} evaluated and {len(failed)} passed over, which could not be: "
+            f"{', '.join(failed)}; the log says why. The same command tries them again"
+        )
     return count
 
 

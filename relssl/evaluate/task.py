@@ -147,7 +147,13 @@ class Task:
                 f"({_some(known['test'])})"
             )
         names = known["train"] or known["test"] or []
-        lacking = [names[c] if c < len(names) else str(c) for c in np.setdiff1d(test, train)]
+        for name, values in {"train": train, "test": test}.items():  # one of the two may have no names
+            if names and (values >= len(names)).any():
+                raise InputError(
+                    f"{self.names[name]} has labels up to {values.max()}, and the classes are {len(names)} "
+                    f"({_some(names)}). Were train and test made with the same list of classes?"
+                )
+        lacking = [names[c] if names else str(c) for c in np.setdiff1d(test, train)]
         if lacking:
             chosen = "" if self.portion.is_all else f" ({self.portion})"
             raise InputError(

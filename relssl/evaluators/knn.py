@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Any, Literal, TypedDict
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from pipelines.errors import ConfigError, InputError, unknown_name
@@ -31,10 +31,8 @@ from relssl.evaluators.features import (
     normalise,
     top_neighbours,
 )
-from relssl.evaluators.protocols import reasons
+from relssl.evaluators.protocols import Temperature, reasons, usable_temperature
 
-# exp(1 / 0.0125) = 6e34 still fits float32, and exp(-1 / 0.0125) is still above zero
-SMALLEST_TEMPERATURE = 0.0125
 VOTE_BLOCK = 8_192
 
 
@@ -52,8 +50,17 @@ class KnnProtocol(BaseModel):
 
     name: str = "weighted kNN"
     k: tuple[int, ...] = Field(default=(20,), min_length=1)
-    temperature: float | None = 0.07  # None: every neighbour's vote counts the same
+    temperature: Temperature | None = 0.07  # None: every neighbour's vote counts the same
     distance: Literal["cosine", "euclidean"] = "cosine"  # euclidean: of features as they are, not of length one
+
+    @model_validator(mode="after")
+    def _consistent(self) -> KnnProtocol:
+        if self.distance == "euclidean" and self.temperature is not None:
+            raise ValueError(
+                f"distance euclidean takes no temperature, got {self.temperature}: distances of features as they are "
+                "have no scale, and far neighbours would lose their votes"
+            )
+        return self
 
 
 KNN_PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -103,7 +110,10 @@ def weighted_knn(
         ConfigError: k or temperature out of range, fewer than one class.
         InputError: features with NaN, different widths, labels missing or out of range.
     """
-    _check_temperature(temperature)
+    try:
+        usable_temperature(temperature)
+    except ValueError as error:
+        raise ConfigError(f"{error}, got {temperature}") from None
     if num_classes < 1:
         raise ConfigError(f"kNN needs at least one class, got num_classes = {num_classes}")
     train_x, test_x = check_features(train_x, "train features"), check_features(test_x, "test features")
@@ -111,14 +121,6 @@ def weighted_knn(
     train_y = check_labels(train_y, len(train_x), num_classes, "train labels").to(train_x.device)
     similarity, index = top_neighbours(test_x.to(train_x.dtype), train_x, k=k)
     return _votes(train_y[index], torch.exp(similarity / temperature), num_classes)
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature >= SMALLEST_TEMPERATURE:
-        raise ConfigError(
-            f"kNN temperature must be at least {SMALLEST_TEMPERATURE} (below it the weights leave the "
-            f"range of float32), got {temperature}"
-        )
 
 
 def _votes(label: Tensor, weight: Tensor, num_classes: int) -> Tensor:
@@ -141,7 +143,7 @@ def knn_accuracy(
     num_classes: int | None = None,
 ) -> Accuracy:
     """Top-1 and top-5 accuracy of `weighted_knn` in percent, for one k; see `knn_accuracies`."""
-    protocol = KnnProtocol(k=(k,), temperature=temperature)
+    protocol = knn_protocol(None, k=(k,), temperature=temperature)
     return knn_accuracies(train_x, train_y, test_x, test_y, protocol=protocol, num_classes=num_classes)[0]
 
 
@@ -168,11 +170,9 @@ def knn_accuracies(
         {"top1": percent, "top5": percent, or None with fewer than five classes} for each k, in the protocol's order.
 
     Raises:
-        ConfigError: k or temperature out of range.
+        ConfigError: k out of range.
         InputError: labels missing, one class only, features with NaN or all zero, different widths.
     """
-    if protocol.temperature is not None:
-        _check_temperature(protocol.temperature)
     train_x, test_x = check_features(train_x, "train features"), check_features(test_x, "test features")
     check_same_width(train_x, test_x)
     train_y = check_labels(train_y, len(train_x), num_classes, "train labels").to(train_x.device)

@@ -1,15 +1,38 @@
-"""Protocols by name: a table of published numbers, any of which can be replaced, openly."""
+"""Protocols by name: a table of published numbers, any of which can be replaced, openly.
+
+Recipes are checked with what stands here, so it is light: no torch.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from pipelines.errors import ConfigError, unknown_name
 
 Protocol = TypeVar("Protocol", bound=BaseModel)
+
+# exp(1 / 0.0125) = 6e34 still fits float32, and exp(-1 / 0.0125) is still above zero
+SMALLEST_TEMPERATURE = 0.0125
+
+
+def usable_temperature(temperature: float) -> float:
+    """The temperature of weighted kNN, if its weights can be had.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if not (math.isfinite(temperature) and temperature >= SMALLEST_TEMPERATURE):
+        raise ValueError(
+            f"kNN temperature must be at least {SMALLEST_TEMPERATURE} (below it the weights leave the range of float32)"
+        )
+    return temperature
+
+
+Temperature = Annotated[float, AfterValidator(usable_temperature)]
 
 
 def named_protocol(
@@ -41,6 +64,10 @@ def named_protocol(
 def reasons(error: ValidationError) -> str:
     """What pydantic refused, in one line."""
     return "; ".join(
-        f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" if e["loc"] else e["msg"]
+        f"{'.'.join(map(str, e['loc']))}: {_words(e)}, got {e['input']!r}" if e["loc"] else _words(e)
         for e in error.errors()
     )
+
+
+def _words(problem: Mapping[str, Any]) -> str:
+    return str(problem["msg"]).removeprefix("Value error, ")

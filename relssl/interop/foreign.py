@@ -15,7 +15,7 @@ from relssl._version import __version__
 from relssl.checkpoint import sha256
 from relssl.interop import haiku
 from relssl.interop.formats import RELICV2, Layout, begins, layout_of
-from relssl.interop.keys import Shapes, check_keys, few, identify, shapes_of, summary
+from relssl.interop.keys import Shapes, check_keys, few, fractions_of, identify, shapes_of, summary
 from relssl.interop.reading import read_foreign
 from relssl.methods import load_method
 from relssl.methods.base import DataInfo
@@ -160,7 +160,7 @@ def _only_tensors(group: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Ordinary tensors, which are no larger than what the file holds, and finite."""
+    """Ordinary tensors, which are no larger than what the file holds, and finite; variances are not negative."""
     for name, tensor in tensors.items():
         plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_complex()
         if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -168,10 +168,32 @@ def _check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         raise InputError(f"{where} holds numbers that are not finite, in {few(bad)}; it comes from a failed training")
+    negative = [name for name, tensor in tensors.items() if name.endswith("running_var") and (tensor < 0).any()]
+    if negative:
+        raise InputError(
+            f"{where} holds negative variances, in {few(negative)}; it is damaged, or no checkpoint of these"
+        )
+
+
+def _check_kinds(
+    tensors: Mapping[str, Tensor], layout: Layout, architecture: tuple[str, dict[str, Any]], where: str
+) -> None:
+    """Floating-point numbers where the backbone has them: quantised weights, say, have the same names and shapes."""
+    fractions = set(fractions_of(*architecture))
+    bad = [
+        f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
+        for branch in _branches(tensors, layout)
+        for name, tensor in tensors.items()
+        if begins(name, layout.backbones[branch])
+        and layout.rename(name.removeprefix(layout.backbones[branch])) in fractions
+        and not tensor.is_floating_point()
+    ]
+    if bad:
+        raise InputError(f"{where} holds whole numbers where the backbone has floating-point ones, in {few(bad)}")
 
 
 def _check_names(tensors: Mapping[str, Tensor], layout: Layout, where: str) -> tuple[tuple[str, Any], dict[str, Any]]:
-    """Architecture and settings of the method; refuses any name or shape that does not belong."""
+    """Architecture and settings of the method; refuses any name, shape or kind of number that does not belong."""
     got = {
         name: shape
         for name, shape in shapes_of(tensors).items()
@@ -196,6 +218,7 @@ def _check_names(tensors: Mapping[str, Tensor], layout: Layout, where: str) -> t
     else:
         expected = {entry: shape for entry, shape in got.items() if _is_in_a_backbone(entry, layout)}
     check_keys(expected, got, where, f"a {layout.kind} with {name}")
+    _check_kinds(tensors, layout, (name, options), where)
     return (name, options), settings
 
 

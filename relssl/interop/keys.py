@@ -80,13 +80,19 @@ def identify(shapes: Shapes, where: str, *, haiku: bool = False) -> tuple[str, d
 
 def backbone_shapes(name: str, options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a backbone's state dict."""
-    return dict(_backbone_shapes(name, json.dumps(options)))
+    return shapes_of(_backbone_state(name, json.dumps(options)))
+
+
+def fractions_of(name: str, options: Mapping[str, Any]) -> list[str]:
+    """Names of a backbone's state dict that hold floating-point numbers: all but its counters."""
+    state = _backbone_state(name, json.dumps(options))
+    return [key for key, tensor in state.items() if tensor.is_floating_point()]
 
 
 @cache
-def _backbone_shapes(name: str, options: str) -> dict[str, tuple[int, ...]]:
+def _backbone_state(name: str, options: str) -> Mapping[str, Tensor]:
     with torch.device("meta"):
-        return shapes_of(build_backbone(name, **json.loads(options)).state_dict())
+        return build_backbone(name, **json.loads(options)).state_dict()
 
 
 def _nearest(shapes: Shapes, haiku: bool) -> tuple[str, dict[str, Any]]:

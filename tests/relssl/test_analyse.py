@@ -276,6 +276,32 @@ def test_an_analysis_without_labels(capsys, run, tmp_path, monkeypatch):
     assert all(0 < value < 1 + 1e-5 for line in similarities for value in line)
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "said", "entries"),
+    [
+        (1, "all training images have the same label: no confusion matrix and no few-label curve", ["analysis"]),
+        (12, "every class has a single training image, so nothing can be held out", ["fewlabel", "analysis"]),
+    ],
+)
+def test_an_analysis_with_too_few_labels_for_a_classifier(
+    capsys, monkeypatch, run, tmp_path, num_classes, said, entries
+):
+    images = np.random.default_rng(0).integers(0, 255, (12, 12, 12, 3), dtype=np.uint8)
+    data = tmp_path / "few.beton"
+    beton.write(data, ((x, i % num_classes) for i, x in enumerate(images)), classes=[*"abcdefghijkl"][:num_classes])
+    lines = []
+    monkeypatch.setattr("relssl.evaluate.analysis.log.info", lambda line, *values: lines.append(line % values))
+    code, text = relssl(capsys, "eval", "analyse", "--weights", run, "--train", data, "--test", data, "--map", "tsne")
+    assert code == 0, text
+    assert "\n".join(lines).count(said) == 1
+    found = read_results(run)
+    assert [entry["evaluator"] for entry in found] == entries
+    assert set(found[-1]["files"]) == {"map", "neighbours"}
+    assert found[-1]["label_free"]["rankme"] >= 1
+    page = write_report(run).read_text()
+    assert "t-SNE of the features of 12 test images" in page
+
+
 def test_an_analysis_of_a_run_that_has_no_test_data(capsys, tmp_path):
     recipe = tiny.write_recipe(tmp_path, labels=False, data={"train": str(tmp_path / "train.beton")})
     train(load_recipe(recipe, ["train.epochs=1", "eval.online=null"]), tmp_path / "run")

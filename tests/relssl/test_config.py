@@ -138,6 +138,8 @@ def test_recipes_carry_the_papers_numbers():
         ("views.plan=[{name: teacher, sice: 12}]", "did you mean 'size'"),
         ("views.phases=[]", "either `plan` or `phases`"),
         ("eval.linear.plan=[{size: 0}]", "at least 1, got 0"),
+        ("eval.knn.temperature=0.01", r"eval\.knn\.temperature: kNN temperature must be at least 0\.0125 .* got 0\.01"),
+        ("eval.knn.temperature=nan", r"eval\.knn\.temperature: kNN temperature must be at least 0\.0125 .* got 'nan'"),
         ("train", "an override is key.sub=value"),
         ("train.epochs.more=1", "epochs is not a section"),
         ("train.epochs=[", "not valid YAML"),

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from dataset_tools.convert import convert
 from pipelines import beton
-from pipelines.errors import ConfigError, InputError
+from pipelines.errors import ConfigError, InputError, RunError
 from relssl import checkpoint
 from relssl.cli import run as command
 from relssl.compare import compare
@@ -426,6 +426,20 @@ def test_across_data_sets(run, trained, tmp_path, capsys):
     assert "pre-trained on train.beton; trained on b-train.beton" in write_report(run).read_text()
 
 
+@pytest.mark.parametrize("side", ["train", "test"])
+def test_labels_beyond_the_classes_of_the_other_side_are_refused(run, tmp_path, side):
+    """Only one side says how many classes there are."""
+    named = write_classes(tmp_path / "named.beton", [0, 1] * 6, classes=["a", "b"])
+    numbered = write_classes(tmp_path / "numbered.beton", [*range(7), 0])
+    data = (numbered, named) if side == "train" else (named, numbered)
+    for evaluate in (evaluate_knn, evaluate_linear, evaluate_finetune, evaluate_retrieval):
+        with pytest.raises(InputError, match=r"numbered.beton has labels up to 6, and the classes are 2 \(a, b\)"):
+            evaluate(open_weights(run), *data)
+    fits = write_classes(tmp_path / "fits.beton", [0, 1] * 6)
+    (entry,) = evaluate_knn(open_weights(run), fits, named, k=3)
+    assert (entry["num_train"], entry["num_test"]) == (12, 12)
+
+
 def test_another_recipe_changes_evaluation_only(run, trained):
     weights = open_weights(run)
     recipe = load_recipe(trained / "tiny.yaml", ["eval.knn.k=2", "train.epochs=77"])
@@ -608,6 +622,47 @@ def test_a_damaged_checkpoint_is_passed_over_once(run, caplog):
     with caplog.at_level("INFO", logger="relssl.evaluate"):
         assert follow_run(run, knn_of, evaluator="knn", command="follow") == 2
     assert caplog.text.count("passing over a checkpoint") == 1
+
+
+def broken_at(update, error):
+    def evaluate(weights):
+        if weights.update == update:
+            raise error
+        return knn_of(weights)
+
+    return evaluate
+
+
+@pytest.mark.parametrize("error", [InputError("row 3 holds NaN"), RunError("the loss became nan")])
+def test_a_checkpoint_that_cannot_be_evaluated_is_passed_over(run, caplog, error):
+    told = r"2 checkpoints of .* evaluated and 1 passed over, .*: update-00000002; the log says why"
+    with caplog.at_level("INFO", logger="relssl.evaluate"), pytest.raises(InputError, match=told):
+        follow_run(run, broken_at(2, error), evaluator="knn", command="follow")
+    assert updates(run) == [1, 3]
+    assert caplog.text.count("passing over") == 1
+    assert f"update-00000002, which cannot be evaluated: {error}" in caplog.text
+    assert follow_run(run, knn_of, evaluator="knn", command="follow") == 1  # the same command tries it again
+    assert updates(run) == [1, 3, 2]
+
+
+def test_what_is_wrong_with_every_checkpoint_ends_the_following_at_once(run):
+    with pytest.raises(InputError, match=r"^no label"):
+        follow_run(run, broken_at(1, InputError("no label")), evaluator="knn", command="follow")
+    with pytest.raises(ConfigError, match=r"^k = 99"):
+        follow_run(run, broken_at(2, ConfigError("k = 99")), evaluator="knn", command="follow")
+    assert updates(run) == [1]
+
+
+def test_the_command_ends_with_the_code_of_what_it_passed_over(run, capsys):
+    path = checkpoint.list_checkpoints(run / "checkpoints")[1]
+    saved = checkpoint.load(path)
+    for key, tensor in saved.model.items():
+        saved.model[key] = torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else tensor.clone()
+    shutil.rmtree(path)
+    checkpoint.save(run / "checkpoints", saved, keep=3)
+    assert command(["eval", "knn", "--follow", str(run), "--k", "3"]) == 3
+    assert "2 checkpoints of" in capsys.readouterr().err
+    assert updates(run) == [1, 3]
 
 
 def test_what_cannot_be_followed_is_named(run, tmp_path, capsys):

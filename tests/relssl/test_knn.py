@@ -126,7 +126,7 @@ BAD = {
     ),
     "k too large": ({"k": 21}, ConfigError, "k = 21 .* 20"),
     "k zero": ({"k": 0}, ConfigError, "k = 0"),
-    "temperature": ({"temperature": 0.0}, ConfigError, "temperature"),
+    "temperature": ({"temperature": 0.0}, ConfigError, r"temperature must be at least 0\.0125 .*, got 0\.0"),
     "nan": ({"test_x": torch.full((5, 4), torch.nan)}, InputError, "NaN"),
     "collapsed": ({"train_x": torch.zeros(20, 4)}, InputError, "zero"),
     "one class": ({"train_y": torch.zeros(20, dtype=torch.int64)}, InputError, "one class"),
@@ -205,6 +205,14 @@ def test_named_settings_are_those_of_the_released_codes():
     assert (knn_protocol(None, k=(3,)).name, knn_protocol(None, k=(3,)).k) == ("weighted kNN", (3,))
     with pytest.raises(ConfigError, match="unknown kNN protocol: 'dina'; did you mean 'dino'"):
         knn_protocol("dina")
+    for temperature in (0.0, 0.0124, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=f"kNN temperature must be at least 0.0125 .*, got {temperature}"):
+            knn_protocol("dino", temperature=temperature)
+        with pytest.raises(ConfigError, match=f"kNN temperature must be at least 0.0125 .*, got {temperature}"):
+            weighted_knn(*[torch.eye(2), torch.arange(2), torch.eye(2)], k=1, temperature=temperature, num_classes=2)
+    assert knn_protocol("dino", temperature=0.0125).temperature == 0.0125
+    with pytest.raises(ConfigError, match=r"kNN: distance euclidean takes no temperature, got 0\.07"):
+        knn_protocol("resa_cifar", temperature=0.07)
     with pytest.raises(ConfigError, match="kNN: k"):
         knn_protocol("dino", k=())
     train = rows(30, 4, 0), torch.arange(30) % 3

@@ -15,12 +15,16 @@ COUNT = 48
 CLASSES = ["dark", "light"]
 
 
-def write_data(path: Path, *, labels: bool = True, seed: int = 0, count: int = COUNT, side: int = 12) -> Path:
-    """`count` smooth pictures, the odd ones (class 1) lighter."""
+def write_data(
+    path: Path, *, labels: bool = True, seed: int = 0, count: int = COUNT, side: int = 12, lighter: int = 95
+) -> Path:
+    """`count` smooth pictures, the odd ones (class 1) lighter, by so much that they are easily told."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 160, (count, 4, 4, 3), dtype=np.uint8)
     images = [np.array(Image.fromarray(s).resize((side, side), Image.Resampling.BICUBIC)) for s in small]
-    samples = [(np.clip(im.astype(int) + 95 * (i % 2), 0, 255).astype(np.uint8), i % 2) for i, im in enumerate(images)]
+    samples = [
+        (np.clip(im.astype(int) + lighter * (i % 2), 0, 255).astype(np.uint8), i % 2) for i, im in enumerate(images)
+    ]
     beton.write(path, ((im, y if labels else None) for im, y in samples), classes=CLASSES if labels else None)
     return path
 
@@ -72,10 +76,10 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
     return values
 
 
-def write_recipe(folder: Path, *, labels: bool = True, **changes: Any) -> Path:
+def write_recipe(folder: Path, *, labels: bool = True, lighter: int = 95, **changes: Any) -> Path:
     """Data and recipe file in `folder`."""
-    write_data(folder / "train.beton", labels=labels)
-    write_data(folder / "test.beton", labels=labels, seed=1)
+    write_data(folder / "train.beton", labels=labels, lighter=lighter)
+    write_data(folder / "test.beton", labels=labels, seed=1, lighter=lighter)
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe(folder, **changes), sort_keys=False))
     return path

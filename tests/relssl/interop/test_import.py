@@ -470,6 +470,26 @@ def test_numbers_that_cannot_be_weights(tmp_path) -> None:
         import_checkpoint(originals.write(tmp_path / "x.pth", contents))
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool])
+def test_whole_numbers_are_no_weights(tmp_path, kind) -> None:
+    contents = originals.ressl(arch="resnet18")
+    for key in ("module.encoder_k.net.conv1.weight", "module.encoder_q.net.layer4.1.bn2.running_mean"):
+        contents["model"][key] = contents["model"][key].to(kind)
+    told = r"whole numbers where the backbone has .*, in 2: encoder_q\.net\.layer4\.1\.bn2\.running_mean \({0}\)"
+    with pytest.raises(InputError, match=told.format(str(kind).removeprefix("torch."))):
+        import_checkpoint(originals.write(tmp_path / "x.pth", contents))
+
+
+def test_negative_variances_are_refused(tmp_path) -> None:
+    contents = originals.ressl(arch="resnet18")
+    contents["model"]["module.encoder_k.net.bn1.running_var"][1] = -1e-3
+    told = r"negative variances, in 1: encoder_k\.net\.bn1\.running_var"
+    with pytest.raises(InputError, match=told):
+        import_checkpoint(originals.write(tmp_path / "x.pth", contents))
+    contents["model"]["module.encoder_k.net.bn1.running_var"][1] = 0.0
+    import_checkpoint(originals.write(tmp_path / "x.pth", contents))
+
+
 def test_a_foreign_module_in_the_haiku_network(tmp_path) -> None:
     contents = originals.relicv2(devices=None)
     params = contents["experiment_state"]["online_params"]
