@@ -46,7 +46,7 @@ test:
 
 test-fast:
 	$(BOOTSTRAP) test
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 cifar-table:
 	$(BOOTSTRAP) demo
