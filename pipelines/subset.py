@@ -13,7 +13,8 @@ import numpy as np
 from pipelines.draw import counter_hash
 from pipelines.errors import ConfigError, InputError
 
-_BALANCED = 0x62616C61  # keeps the numbers that choose images apart from those of views and orders
+# Keep the numbers that choose images apart from those of views and orders.
+_BALANCED, _SPREAD = 0x62616C61, 0x73707265
 _SHOWN = 3
 
 
@@ -58,10 +59,21 @@ class Subset:
 
 
 def spread(files: Any, most: int) -> Any:
-    """At most `most` images of a data set, evenly spaced over the file, so sorted classes stay balanced."""
-    if len(files) <= most:
-        return files
-    return Subset(files, np.arange(most, dtype=np.int64) * len(files) // most)
+    """At most `most` images of a data set, spread over it as by `spread_rows`."""
+    return files if len(files) <= most else Subset(files, spread_rows(len(files), most))
+
+
+def spread_rows(total: int, most: int) -> np.ndarray:
+    """At most `most` of `total` rows, increasing: one out of each of so many equal stretches.
+
+    Sorted classes stay balanced. Which one of its stretch is always the same, but at random: at even distances, data
+    whose classes take turns would lose some of them.
+    """
+    most = min(total, most)
+    begin = np.arange(most + 1, dtype=np.int64) * total // max(most, 1)
+    length = np.diff(begin).astype(np.uint64)
+    step = counter_hash(0, 0, _SPREAD, np.arange(most, dtype=np.uint64)) % np.maximum(length, 1)
+    return begin[:-1] + step.astype(np.int64)
 
 
 def listed(files: Any, path: Path) -> Subset:

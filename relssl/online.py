@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pipelines import beton
 from pipelines.errors import ConfigError, InputError, RunError
 from pipelines.loader import ViewLoader
-from pipelines.subset import spread
+from pipelines.subset import spread, spread_rows
 from relssl import dist
 from relssl.config import Recipe
 from relssl.encode import encode, feature_loader
@@ -145,7 +145,7 @@ class OnlineEvaluator:
         settings = self.settings[name] if name in self.settings else LabelFree()
         train_x = found.train[0]
         if isinstance(settings, LabelFree) or found.test is None:
-            few = train_x[:: max(len(train_x) // _UNIFORMITY_IMAGES, 1)]  # its cost grows with the square
+            few = train_x[spread_rows(len(train_x), _UNIFORMITY_IMAGES)]  # its cost grows with the square
             return {"evaluator": "rankme", "rankme": rankme(train_x), "uniformity": uniformity(few)}
         data = tuple(part.to(self.device) for part in (*found.train, *found.test))
         counts = {"num_train": len(train_x), "num_test": len(found.test[0])}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import ConfigError
-from pipelines.subset import spread
+from pipelines.subset import spread, spread_rows
 from relssl.charts import standalone
 from relssl.class_charts import confusion_chart, map_chart
 from relssl.encode import feature_loader
@@ -116,7 +116,7 @@ def _too_few(task: Task) -> tuple[bool, bool]:
 def _label_free(task: Task) -> dict[str, Any]:
     """RankMe, uniformity and alignment of the training images, and of how many."""
     features = task.features("train")[0]
-    ranked, paired = features[_spread(len(features), RANKME_IMAGES)], features[_spread(len(features), PAIRS)]
+    ranked, paired = (features[spread_rows(len(features), most)] for most in (RANKME_IMAGES, PAIRS))
     first, second = _two_views(task)
     return {
         "rankme": rankme(ranked),
@@ -190,7 +190,7 @@ def _draw_map(task: Task, folder: Path, kind: MapKind, most: int, seed: int, fil
     """The features of test images (training images where there are none) in two dimensions."""
     which = "test" if "test" in task.sets else "train"
     features, labels = task.features(which)
-    rows = _spread(len(features), most)
+    rows = torch.from_numpy(spread_rows(len(features), most))
     if len(rows) < LEAST_IMAGES:
         log.info("no map: %d images are fewer than %d", len(rows), LEAST_IMAGES)
         return
@@ -249,12 +249,6 @@ def _query_rows(labels: Tensor, most: int) -> Tensor:
     order = labels.argsort(stable=True)
     steps = torch.arange(min(most, len(labels)))
     return order[(2 * steps + 1) * len(labels) // (2 * len(steps))]
-
-
-def _spread(count: int, most: int) -> Tensor:
-    """At most `most` evenly spaced rows of `count`."""
-    most = min(count, most)
-    return torch.arange(most) * count // most
 
 
 def _class_names(task: Task) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 from dataset_tools.convert import convert
 from pipelines import beton
 from pipelines.errors import ConfigError, InputError
-from pipelines.subset import Subset, balanced, balanced_rows, listed, spread
+from pipelines.subset import Subset, balanced, balanced_rows, listed, spread, spread_rows
 
 
 def write(path, labels, names=None, classes=None):
@@ -182,5 +182,26 @@ def test_more_labels_than_a_class_has_are_refused_by_its_name():
         balanced_rows(np.array([0, 0, 0, 1]), 0, per_class=2, classes=["common", "rare"])
 
 
+@pytest.mark.parametrize(("total", "most"), [(0, 3), (1, 1), (7, 3), (10, 10), (10, 99), (50_000, 10_000)])
+def test_rows_are_spread_over_all(total, most):
+    rows = spread_rows(total, most)
+    count = min(total, most)
+    begin = np.arange(count + 1) * total // max(count, 1)
+    assert len(rows) == count
+    assert (begin[:-1] <= rows).all()
+    assert (rows < begin[1:]).all()
+
+
+@pytest.mark.parametrize("order", ["sorted", "in turn"])
+def test_a_spread_takes_of_every_class(order):
+    labels = np.arange(50_000) % 10
+    counts = np.bincount((np.sort(labels) if order == "sorted" else labels)[spread_rows(50_000, 10_000)], minlength=10)
+    assert counts.min() > 900
+    assert counts.max() < 1100
+
+
 def test_spread_keeps_the_names_of_what_it_takes(files):
-    assert spread(files, 3).names == ["c0/c0_0.JPEG", "c1/c1_10.JPEG", "c2/c2_20.JPEG"]
+    few = spread(files, 3)
+    assert few.names == [files.names[i] for i in few.ids]
+    assert few.ids.tolist() == spread_rows(len(files), 3).tolist()
+    assert spread(files, 99) is files
