@@ -157,7 +157,7 @@ def csv_text(comparison: Comparison) -> str:
                     "update": row.entry.get("update"),
                     "global_batch": row.entry.get("global_batch"),
                     "views_per_step": row.entry.get("views_per_step"),
-                    "training_seeds": _joined(cell.seeds),
+                    "training_seeds": "" if row.entry.get("train_seed") is None else _joined(cell.seeds),
                     "evaluator": measurement.evaluator,
                     "protocol": protocol_name(entry),
                     "train": entry.get("train"),

@@ -50,7 +50,7 @@ def _line(folder: Path, place: Path) -> list[str]:
         planned = _get(config, "train", "epochs")
         done = _epochs_done(run)
         epochs = f"{done:g} / {planned}" if planned is not None else f"{done:g}"
-        return [name, method, _data(config), epochs, _state(run, done), _best(read_results(folder))]
+        return [name, method, _data(config), epochs, _state(run, done), _best(read_results(folder), config)]
     except RelsslError as error:
         return [name, "–", "–", "–", f"damaged: {str(error).splitlines()[0]}", "–"]
 
@@ -77,9 +77,13 @@ def _state(run: RunFolder, done: float) -> str:
     return "not finished" if done else "nothing trained yet"
 
 
-def _best(results: list[Any]) -> str:
-    """The best pre-trained accuracy by each evaluator, with its protocol where the name does not say it."""
-    best: dict[str, tuple[float, str]] = {}
+def _best(results: list[Any], config: dict[str, Any]) -> str:
+    """The best pre-trained accuracy by each evaluator, with its protocol where the name does not say it.
+
+    One on the test data of the run, with all labels, goes before others, which say what they are on.
+    """
+    own_test = Path(str(_get(config, "data", "test") or "")).name
+    best: dict[str, tuple[bool, float, str]] = {}
     for entry in results:
         if not isinstance(entry, dict):
             continue
@@ -88,8 +92,11 @@ def _best(results: list[Any]) -> str:
             continue
         if isinstance(top1, dict) and isinstance(top1.get("mean"), (int, float)):
             protocol = f" ({protocol_name(entry)})" if evaluator == "linear" else ""
-            text = f"{DISPLAY.get(evaluator, evaluator)}{protocol} {top1['mean']:.2f}"
-            best[evaluator] = max(best.get(evaluator, (0.0, "")), (float(top1["mean"]), text))
+            is_own = entry.get("test") == own_test and entry.get("subset") is None
+            told = [] if is_own else [str(entry[key]) for key in ("test", "subset") if entry.get(key)]
+            where = f" [{', '.join(told)}]" if told else ""
+            text = f"{DISPLAY.get(evaluator, evaluator)}{protocol} {top1['mean']:.2f}{where}"
+            best[evaluator] = max(best.get(evaluator, (False, 0.0, "")), (is_own, float(top1["mean"]), text))
     order = list(DISPLAY)
     ranked = sorted(best, key=lambda e: order.index(e) if e in order else len(order))
-    return ", ".join(best[evaluator][1] for evaluator in ranked) or "not evaluated"
+    return ", ".join(best[evaluator][2] for evaluator in ranked) or "not evaluated"

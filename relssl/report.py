@@ -230,14 +230,15 @@ class _Measure:
 
 
 def _measures(results: Iterable[Mapping[str, Any]]) -> list[_Measure]:
-    groups: dict[tuple[Measurement, str, bool], dict[str, Mapping[str, Any]]] = {}
+    groups: dict[tuple[Measurement, str, str, bool], dict[str, Mapping[str, Any]]] = {}
     # of checkpoints only the newest counts, and only where nobody has evaluated what the run ended with
     for entry in sorted(results, key=lambda entry: _number(entry.get("update")) or math.inf):
         if entry.get("evaluator") in OWN_SECTIONS:
             continue
         weights = str(entry.get("weights"))
         is_tuned = weights == "finetuned"
-        key = (Measurement.of(entry), str(entry.get("weights_file") or ""), is_tuned)
+        network = str(entry.get("backbone"))  # a folder of imported weights may hold several
+        key = (Measurement.of(entry), network, str(entry.get("weights_file") or ""), is_tuned)
         groups.setdefault(key, {})["pretrained" if is_tuned else weights] = entry
     measures = [_Measure(key[0].evaluator, "", entries) for key, entries in groups.items()]
     for measure, label in zip(measures, _labels(measures), strict=True):
@@ -264,7 +265,7 @@ def _words(name: str, entry: Mapping[str, Any]) -> list[str]:
     return [
         protocol_word(name, entry),
         "fine-tuned weights" if entry.get("weights") == "finetuned" else "",
-        *(str(entry.get(key) or "") for key in ("train", "test", "subset")),
+        *(str(entry.get(key) or "") for key in ("backbone", "train", "test", "subset")),
         view_text(entry),
         str(entry.get("weights_file") or ""),
     ]
@@ -558,13 +559,20 @@ def _seconds(run: _Run) -> dict[str, float]:
 
 def _wall_seconds(run: _Run) -> float:
     batch = _number(run.get("train", "batch_size")) or 0.0
-    wall, before = 0.0, 0.0
+    wall, before = 0.0, float(_first_update(run))
     for record in run.train:
         rate = _number(record.get("images_per_second"))
         if rate:
             wall += (record["update"] - before) * batch / rate
         before = record["update"]
     return wall
+
+
+def _first_update(run: _Run) -> int:
+    """From which update on the run was trained here: a run that continues somebody else's begins where that ended."""
+    if not run.train or not (run.path / "imported.json").is_file():
+        return 0
+    return max(0, int(run.train[0]["update"] - (_number(run.get("train", "log_every")) or 0)))
 
 
 def _time(run: _Run) -> dict[str, Any]:
@@ -711,7 +719,8 @@ def _tiles(run: _Run, measures: Sequence[_Measure]) -> list[dict[str, str]]:
         below = f"median; {time['views']} views/s" if time["views"] else "median"
         tiles.append({"name": "images per second", "value": time["rate"], "below": below})
     if time["total"]:
-        tiles.append({"name": "training time", "value": time["total"], "below": f"{run.train[-1]['update']:,} updates"})
+        updates = run.train[-1]["update"] - _first_update(run)
+        tiles.append({"name": "training time", "value": time["total"], "below": f"{updates:,} updates"})
     return tiles[:5]
 
 

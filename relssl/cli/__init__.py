@@ -15,7 +15,7 @@ import typer
 from pipelines.errors import ConfigError, RelsslError
 from relssl import share_cores
 from relssl.cli import analysis, base
-from relssl.cli.base import Force, Out, Overrides, command_line, load, progress_bar, set_up_log, whole_numbers
+from relssl.cli.base import Force, Out, Overrides, command_line, different_seeds, load, progress_bar, set_up_log
 from relssl.cli.bench import bench_app
 from relssl.cli.evaluation import eval_app
 from relssl.cli.interop import export_weights, import_weights
@@ -276,7 +276,7 @@ def train(
     if resume not in ("never", "auto"):
         raise ConfigError(f"--resume is auto or never, got {resume!r}")
     folder = out or Path("runs") / config.removesuffix(".yaml").removeprefix("configs/").replace("/", "-").lstrip(".-")
-    chosen = None if seeds is None else whole_numbers(seeds, "--seeds")
+    chosen = None if seeds is None else different_seeds(seeds)
     runs = [(folder, [])] if chosen is None else [(Path(f"{folder}-seed{s}"), [f"train.seed={s}"]) for s in chosen]
     recipes = [load(config, [*(overrides or []), *extra]) for _, extra in runs]
     set_up_log()

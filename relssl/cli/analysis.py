@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.errors import ConfigError
-from relssl.cli.base import Device, command_line, numbers, whole_numbers
+from relssl.cli.base import Device, command_line, different_seeds, numbers, whole_numbers
 from relssl.cli.evaluation import (
     Draw,
     Follow,
@@ -45,7 +45,7 @@ def eval_probe(
     device: Device = "auto",
 ) -> None:
     """Many linear heads at once, picked on held-out training images, tested once: seconds."""
-    options, chosen_seeds = settings_of(setting), whole_numbers(seeds, "--seeds")
+    options, chosen_seeds = settings_of(setting), different_seeds(seeds)
     for text in grid or []:
         key, separator, values = text.partition("=")
         if not separator or not values:
@@ -78,7 +78,7 @@ def eval_fewlabel(
     device: Device = "auto",
 ) -> None:
     """Accuracy against the number of labels: logistic regression on class-balanced draws."""
-    chosen_seeds = whole_numbers(seeds, "--seeds")
+    chosen_seeds = different_seeds(seeds)
     numbers_of_labels = whole_numbers(labels, "--labels") if labels else []
     percentages = numbers(percent, "--percent") if percent else []
 

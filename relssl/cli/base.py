@@ -92,6 +92,14 @@ def whole_numbers(text: str, option: str) -> list[int]:
     return found
 
 
+def different_seeds(text: str) -> list[int]:
+    """The seeds of --seeds: one that is given twice would count as two measurements."""
+    seeds = whole_numbers(text, "--seeds")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds has a seed twice, and a spread is over different ones; got {text!r}")
+    return seeds
+
+
 def numbers(text: str, option: str) -> list[float]:
     """Numbers with commas between them."""
     try:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.errors import ConfigError, RelsslError
-from relssl.cli.base import Device, command_line, load, set_up_log, whole_numbers
+from relssl.cli.base import Device, command_line, different_seeds, load, set_up_log, whole_numbers
 
 eval_app = typer.Typer(
     help="Evaluate a backbone: by a paper's protocol, or quickly. With several GPUs: accelerate launch -m relssl eval",
@@ -204,7 +204,7 @@ def settings_of(given: list[str] | None) -> dict[str, Any]:
 
 
 def seeds_of(given: str | None) -> list[int] | None:
-    return None if given is None else whole_numbers(given, "--seeds")
+    return None if given is None else different_seeds(given)
 
 
 def run_evaluation(
@@ -233,8 +233,10 @@ def run_evaluation(
     from relssl import dist
     from relssl.evaluate import evaluated_as, follow_run, open_weights
     from relssl.evaluate.processes import join_processes
+    from relssl.runfolder import read_results
 
     def entries_of(chosen: Any) -> list[dict[str, Any]]:
+        read_results(chosen.folder)  # if they are damaged, it is better known before the work than after it
         return evaluate(chosen if other is None else evaluated_as(chosen, other))
 
     def say(entries: Sequence[dict[str, Any]]) -> None:

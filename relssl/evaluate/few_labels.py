@@ -60,5 +60,10 @@ def few_labels_of(task: Task, amounts: Sequence[Amount] | None, seeds: Sequence[
         device=task.device,
         progress=lambda line: log.info("few labels: %s", line),
     )
-    protocol = {"name": "few labels", "classifier": "logistic regression by L-BFGS", "penalty_times_n_over_d": STRENGTH}
+    protocol = {
+        "name": "few labels",
+        "classifier": "logistic regression by L-BFGS",
+        "penalty_times_n_over_d": STRENGTH,
+        "amounts": [amount.text for amount in amounts],
+    }
     return task.write("fewlabel", [], [], protocol, list(seeds), command, {"curve": curve})

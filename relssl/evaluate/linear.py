@@ -157,7 +157,7 @@ def _check_head(path: Path, about: dict[str, Any], weights: Weights, task: Task)
         raise InputError(f"{path} was trained on the features of {about.get('backbone')}; the weights are {backbone}")
     digest = about.get("weights")
     if digest is None:  # written by an earlier version
-        if path.resolve().parent != weights.folder.resolve():
+        if path.resolve().parent != weights.folder.resolve() or weights.origin == "random":
             raise InputError(
                 f"{path} does not say on which weights it was trained, and does not lie beside these in "
                 f"{weights.folder}; train it again with this version"

@@ -100,7 +100,7 @@ class Task:
     ):
         self.weights, self.portion = weights, portion
         self.view = view or weights.recipe.eval_spec()
-        self.device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        self.device = _device(device)
         self.backbone = frozen_copy(weights.backbone, self.device)
         data = weights.recipe.data
         test_place = test or data.test
@@ -129,6 +129,15 @@ class Task:
             self.sets["train"] = self.portion.of(self.sets["train"])
         labels = {name: files.labels for name, files in self.sets.items()}
         self.labelled = len(labels) == 2 and all((values >= 0).all() for values in labels.values())
+        if len(self.opened) == 2 and self._is_tested_on_itself():
+            what = f"{self.names['train']} and {self.names['test']} hold the same images"
+            if needs_labels:
+                raise InputError(
+                    f"{what}: an accuracy on images that were trained on says nothing. Give other images with --test "
+                    "(`relssl eval retrieval --within` looks images up among themselves)"
+                )
+            log.info("note: %s: nothing that compares labels is measured", what)
+            self.labelled = False
         if not self.labelled and not needs_labels:
             return
         for name, values in labels.items():
@@ -137,6 +146,10 @@ class Task:
         if "train" in self.sets:
             self._check_classes(labels["train"], labels["test"])
         self.num_classes = int(max(values.max() for values in labels.values())) + 1
+
+    def _is_tested_on_itself(self) -> bool:
+        train, test = self.opened["train"].content_hash, self.opened["test"].content_hash
+        return train is not None and train == test
 
     def _check_classes(self, train: np.ndarray, test: np.ndarray) -> None:
         known = {name: files.classes for name, files in self.sets.items()}
@@ -405,6 +418,24 @@ def _of_imported(weights: Weights) -> dict[str, Any]:
 
 def _short(place: str | Path | list[str]) -> str:
     return " + ".join(Path(p).name for p in (place if isinstance(place, list) else [place]))
+
+
+def _device(name: str) -> torch.device:
+    """`auto` is a GPU where there is one.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device is auto, cpu, cuda, cuda:1, ...; got {name!r}") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(f"--device {name}: this machine has {count or 'no'} CUDA device{'s' * (count != 1)}")
+    return device
 
 
 def _resolved(place: str | Path | list[str]) -> list[Path]:

@@ -169,7 +169,8 @@ def _results(weights: Weights) -> list[dict[str, Any]]:
     entries = read_results(weights.folder)
     if not any(map(is_ours, entries)):
         return []
-    return [entry for entry in entries if is_ours(entry) or entry.get("weights") == "random"]
+    network = weights.recipe.backbone.name
+    return [e for e in entries if is_ours(e) or (e.get("weights") == "random" and e.get("backbone") == network)]
 
 
 def _row(entry: Mapping[str, Any]) -> dict[str, str]:

@@ -287,11 +287,12 @@ def test_an_analysis_with_too_few_labels_for_a_classifier(
     capsys, monkeypatch, run, tmp_path, num_classes, said, entries
 ):
     images = np.random.default_rng(0).integers(0, 255, (12, 12, 12, 3), dtype=np.uint8)
-    data = tmp_path / "few.beton"
-    beton.write(data, ((x, i % num_classes) for i, x in enumerate(images)), classes=[*"abcdefghijkl"][:num_classes])
+    data, test = tmp_path / "few.beton", tmp_path / "test.beton"
+    for place, side in ((data, images), (test, 255 - images)):
+        beton.write(place, ((x, i % num_classes) for i, x in enumerate(side)), classes=[*"abcdefghijkl"][:num_classes])
     lines = []
     monkeypatch.setattr("relssl.evaluate.analysis.log.info", lambda line, *values: lines.append(line % values))
-    code, text = relssl(capsys, "eval", "analyse", "--weights", run, "--train", data, "--test", data, "--map", "tsne")
+    code, text = relssl(capsys, "eval", "analyse", "--weights", run, "--train", data, "--test", test, "--map", "tsne")
     assert code == 0, text
     assert "\n".join(lines).count(said) == 1
     found = read_results(run)

@@ -494,6 +494,23 @@ def test_whiskers_are_one_standard_deviation(tmp_path, monkeypatch):
 # -- ls
 
 
+def test_the_best_is_on_the_data_of_the_run_and_what_is_not_says_so(tmp_path):
+    folder = make_run(
+        tmp_path / "a",
+        result("knn", 40.0),
+        result("knn", 90.0, test="easy.beton"),
+        result("linear", 70.0, subset="10 %, draw 0"),
+    )
+    own = CONFIG["data"]["test"].rpartition("/")[2]
+    results = json.loads((folder / "results.json").read_text())
+    for found in results["results"]:
+        found["test"] = found["test"] if found["test"] == "easy.beton" else own
+    (folder / "results.json").write_text(json.dumps(results))
+    (row,) = list_runs(tmp_path)[1:]
+    assert row[-1].startswith("kNN 40.00, linear (")
+    assert row[-1].endswith(f") 70.00 [{own}, 10 %, draw 0]")
+
+
 def test_runs_are_listed_with_what_they_reached(capsys, tmp_path):
     done = make_run(tmp_path / "ressl/one", result("knn", 41.0), result("linear", 50.0), result("linear", 48.0))
     (done / "backbone.safetensors").touch()

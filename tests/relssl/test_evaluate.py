@@ -7,6 +7,7 @@ import logging
 import shutil
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,10 @@ def run(trained, tmp_path):
 
 
 def write_classes(path, labels, side=12, classes=None):
-    images = (np.full((side, side, 3), 20 * y + i, np.uint8) for i, y in enumerate(labels))
+    """One pixel is of the name: files of other names hold other images."""
+    images = [np.full((side, side, 3), 20 * y + i, np.uint8) for i, y in enumerate(labels)]
+    for image in images:
+        image[0, 0] = zlib.crc32(path.stem.encode()) % 256
     convert(((str(i), x, y) for i, (x, y) in enumerate(zip(images, labels, strict=True))), path, classes=classes)
     return path
 
@@ -225,11 +229,10 @@ def test_a_linear_probe_takes_a_rest_of_one_image(run, monkeypatch):
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_one_image_is_nothing_to_finetune_on(run, tmp_path, augment):
-    one = tiny.write_data(tmp_path / "one.beton", count=1)
-    with pytest.raises(
-        InputError, match=r"one\.beton: 1 image\(s\) to train on \(all\), and a batch needs at least 2\. Give"
-    ):
-        finetune(run, options={**QUICK, "augment": augment}, train=one, test=one)
+    one, other = (tiny.write_data(tmp_path / f"{name}.beton", count=1, seed=len(name)) for name in ("one", "other"))
+    message = r"one\.beton: 1 image\(s\) to train on \(all\), and a batch needs at least 2\. Give"
+    with pytest.raises(InputError, match=message):
+        finetune(run, options={**QUICK, "augment": augment}, train=one, test=other)
 
 
 def test_finetuning_is_a_function_of_its_seed(run, trained, tmp_path):
@@ -424,6 +427,34 @@ def test_across_data_sets(run, trained, tmp_path, capsys):
     assert (entry["view"]["size"], entry["view"]["normalize"][0]) == (16, [0.4, 0.4, 0.4])
     assert only(run, "head-b-train-*-seed0.safetensors").name == entry["saved"][0]
     assert "pre-trained on train.beton; trained on b-train.beton" in write_report(run).read_text()
+
+
+def test_a_test_on_the_images_that_were_trained_on_is_refused(run, trained, tmp_path):
+    copy = shutil.copy(trained / "train.beton", tmp_path / "copy.beton")
+    shutil.copy(trained / "train.beton.json", tmp_path / "copy.beton.json")
+    for evaluate in (evaluate_knn, evaluate_linear, evaluate_finetune, evaluate_retrieval):
+        with pytest.raises(InputError, match=r"train.beton and copy.beton hold the same images: .* --test"):
+            evaluate(open_weights(run), test=Path(copy))
+    assert read_results(run) == []
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", ""])
+def test_a_device_that_is_not_there_is_refused(run, device, capsys):
+    assert command(["eval", "knn", "--weights", str(run), "--device", device]) == 2
+    assert "--device" in capsys.readouterr().err
+
+
+def test_damaged_results_are_found_before_the_work(run, capsys, monkeypatch):
+    (run / "results.json").write_text("{")
+    monkeypatch.setattr("relssl.evaluate.task.encode", None)  # nothing is encoded
+    assert command(["eval", "knn", "--weights", str(run)]) == 3
+    assert "is not a results file of relssl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("evaluator", ["linear", "probe", "fewlabel", "finetune"])
+def test_a_seed_that_is_given_twice_is_refused(run, evaluator, capsys):
+    assert command(["eval", evaluator, "--weights", str(run), "--seeds", "0,1,0"]) == 2
+    assert "--seeds has a seed twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("side", ["train", "test"])

@@ -220,6 +220,24 @@ def test_every_evaluator_that_ran_while_training_has_its_curve(tmp_path):
         assert title in text
 
 
+def test_a_continued_run_tells_of_the_updates_made_here_only(tmp_path):
+    folder = fake_run(tmp_path / "run")
+    page = page_of(folder)
+    whole = f"{EPOCHS * UPDATES_PER_EPOCH:,} updates"
+    assert whole in page.text
+    lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    late = [line for line in lines if json.loads(line)["update"] > EPOCHS * UPDATES_PER_EPOCH // 2]
+    (folder / "metrics.jsonl").write_text("".join(late))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["train"]["log_every"] = 8
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "imported.json").write_text("{}")
+    page = page_of(folder)
+    assert f"{EPOCHS * UPDATES_PER_EPOCH // 2:,} updates" in page.text
+    shares = {row[0]: row[2] for row in page.cells if len(row) == 3}
+    assert shares["other"] == "10.0 %"
+
+
 def test_time_is_shared_out_with_the_rest_of_the_wall_time_as_other(tmp_path):
     """8 updates of 256 images at 1024 images/s are 2.0 s a line, of which the parts account for 1.8 s."""
     page = page_of(fake_run(tmp_path))

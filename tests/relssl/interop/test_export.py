@@ -283,12 +283,13 @@ def test_the_card_has_the_results_of_its_own_weights(tmp_path) -> None:
 
     def add(top1: float, origin: str, **changes: Any) -> None:
         score = {"mean": top1, "std": 0.0, "values": [top1]}
-        told = {"weights_file": None, "update": None, "epochs": 0 if origin == "random" else 3}
+        told = {"weights_file": None, "update": None, "epochs": 0 if origin == "random" else 3, "backbone": "conv4"}
         RunFolder(run).add_result({"evaluator": "knn", "weights": origin, "top1": score, **told, **changes})
 
     for name in ("first", "second", "unmeasured"):
         save_backbone(run / f"{name}.safetensors", weights.backbone, weights.recipe, 3, origin="finetuned")
     add(10.0, "random")
+    add(11.0, "random", backbone="resnet18", protocol={"name": "of another network"})
     add(40.0, "pretrained")
     add(41.0, "pretrained", update=900)
     add(50.0, "finetuned", weights_file="first.safetensors")
