@@ -248,14 +248,20 @@ def _measures(results: Iterable[Mapping[str, Any]]) -> list[_Measure]:
 
 
 def _labels(measures: Sequence[_Measure]) -> list[str]:
-    """The evaluator's name; of several of one evaluator with the names in which they differ, and whatever else does."""
+    """The evaluator's name; of several of one evaluator with the names in which they differ, and whatever else does.
+
+    A share of the labels, and a file that is not the run's own backbone, are always told.
+    """
     names = [DISPLAY.get(measure.evaluator, measure.evaluator) for measure in measures]
     entries = [measure.any_entry for measure in measures]
     told = [_words(name, entry) for name, entry in zip(names, entries, strict=True)]
     words = []
-    for name, own in zip(names, told, strict=True):
+    for name, own, entry in zip(names, told, entries, strict=True):
         rivals = [other for other, its in zip(told, names, strict=True) if its == name]
-        words.append([word for i, word in enumerate(own) if word and len({rival[i] for rival in rivals}) > 1])
+        always = {entry.get("subset"), entry.get("weights_file")}
+        words.append(
+            [word for i, word in enumerate(own) if word and (word in always or len({rival[i] for rival in rivals}) > 1)]
+        )
     words = tell_apart(names, tellers(names, entries), words)
     return [labelled(name, more) for name, more in zip(names, words, strict=True)]
 

@@ -196,7 +196,7 @@ def test_finetuning_keeps_weights_and_head(run):
     with pytest.raises(InputError, match="was trained on other weights of conv4 than these"):
         evaluate_heads(before, [head])
     page = write_report(run).read_text()
-    assert "fine-tuning (plain (changed)) top-1" in page
+    assert "fine-tuning (plain (changed), 50 %, draw 0) top-1" in page
     assert "saved head, fine-tuned weights" in page
     assert "(backbone)" in page
 
