@@ -223,9 +223,9 @@ def test_every_evaluator_that_ran_while_training_has_its_curve(tmp_path):
 def test_a_share_of_the_labels_is_told_of_a_single_entry_too(tmp_path):
     folder = fake_run(tmp_path / "run")
     results = json.loads((folder / "results.json").read_text())
-    results["results"].append(entry("probe", "pretrained", 33.0, subset="1 %, draw 0"))
+    results["results"].append(entry("finetune", "pretrained", 33.0, subset="1 %, draw 0"))
     (folder / "results.json").write_text(json.dumps(results))
-    assert ["fast probe (1 %, draw 0) top-1", "–", "33.00"] in [row[:3] for row in page_of(folder).cells]
+    assert ["fine-tuning (1 %, draw 0) top-1", "–", "33.00"] in [row[:3] for row in page_of(folder).cells]
 
 
 def test_a_continued_run_tells_of_the_updates_made_here_only(tmp_path):
