@@ -55,6 +55,7 @@ METHODS = {"ressl": "ReSSL", "wcl": "WCL", "relicv2": "ReLICv2", "resa": "ReSA",
 PARTS = ("wait", "forward", "backward", "optimizer", "evaluate", "other")
 PLAIN_KEYS = {"kind", "update", "epoch", "loss", "lr", "images_per_second", "seconds", "unreadable_images"}
 MOST_EXTRA_CHARTS = 6
+_MOST_SHEETS = 3  # of retrieval
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -635,7 +636,7 @@ def _context(run: _Run, picture_budget: int) -> dict[str, Any]:
         "views_picture": _data_uri(run.path / "views.png", picture_budget, notes),
         "neighbours_picture": _data_uri(sheet["path"] if sheet else run.path / "neighbours.png", picture_budget, notes),
         "neighbours_text": _neighbours_text(sheet),
-        "retrieval_picture": _data_uri(run.path / "retrieval.png", picture_budget, notes),
+        "retrieval_pictures": _retrieval_pictures(run, measures, picture_budget, notes),
         "env": [(key, _plain(value)) for key, value in run.env.items() if key not in ("command", "argv")],
         "config": _cut(run.config_text),
         "command": _cut(str(command)) if command else None,
@@ -643,6 +644,19 @@ def _context(run: _Run, picture_budget: int) -> dict[str, Any]:
         "version": __version__,
         "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def _retrieval_pictures(run: _Run, measures: Sequence[_Measure], budget: int, notes: list[str]) -> list[dict[str, Any]]:
+    """The sheets that lie in the folder, with what they are of; they share the room of one."""
+    found = {}
+    for measure in measures:
+        for weights, entry in measure.entries.items():
+            place = run.path / Path(str(entry.get("picture") or "")).name
+            if entry.get("picture") and place.is_file():
+                found[place] = f"{measure.label}, {weights} weights"
+    chosen = list(found.items())[:_MOST_SHEETS]
+    pictures = [(_data_uri(place, budget // len(chosen), notes), label) for place, label in chosen]
+    return [{"picture": picture, "label": label} for picture, label in pictures if picture]
 
 
 def _neighbours_text(analysis: Mapping[str, Any] | None) -> str:

@@ -404,6 +404,9 @@ def test_pictures_of_other_data_lie_apart(run, tmp_path, capsys):
     assert Path(pictures[0]).name == "retrieval.png"
     assert len(set(pictures)) == 2
     assert all(Path(picture).is_file() for picture in pictures)
+    page = write_report(run).read_text()
+    assert page.count('alt="Test images with the images found for them"') == 2
+    assert page.count(", pretrained weights: test images, and what their features find") == 2
     assert command(["eval", "retrieval", "--follow", str(run), "--sheet", str(tmp_path / "s.png")]) == 2
     assert "leave --sheet out" in capsys.readouterr().err
 
@@ -548,7 +551,7 @@ def test_retrieval_is_an_entry_and_a_picture(run, trained):
         "retrieval-random.png",
         "retrieval-within.png",
     }
-    assert "what their features find in the gallery" in page
+    assert page.count("test images, and what their features find") == 3
 
 
 def test_retrieval_within_the_queries(run, tmp_path, capsys):
