@@ -93,6 +93,22 @@ def same_weights(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("evaluator", ["knn", "linear"])
+def test_a_damaged_test_image_ends_an_evaluation_and_is_named(run, trained, tmp_path, capsys, evaluator):
+    path = shutil.copy(trained / "test.beton", tmp_path / "bad.beton")
+    pixels = [np.full((12, 12, 3), 7, np.uint8)] * 4
+    convert([(f"dark/{i}.jpg", x, 0) for i, x in enumerate(pixels)], path, classes=tiny.CLASSES, force=True, mode="jpg")
+    with beton.open(path) as files:
+        start, size = int(files.files[0].offsets[2]), int(files.files[0].sizes[2])
+    raw = bytearray(path.read_bytes())
+    raw[start + 20 : start + size] = bytes(size - 20)
+    path.write_bytes(raw)
+    assert command(["eval", evaluator, "--weights", str(run), "--test", str(path), "--device", "cpu"]) == 3
+    said = capsys.readouterr().err
+    assert "replaced" not in said and "at most" not in said
+    assert "bad.beton: sample 2: " in said and "(dark/2.jpg). No image may be left out here: run `relssl verify`" in said
+
+
 # -- kNN
 
 
