@@ -648,6 +648,16 @@ def test_a_recipe_takes_the_files_backbone(tmp_path) -> None:
     assert found.recipe.about.paper is None
 
 
+def test_recipes_that_have_almost_its_backbone_are_told_from_it(tmp_path) -> None:
+    for width, told in ((1, "stem imagenet, not cifar or small as in"), (0.0625, "stem imagenet, .* width 0.0625, not 1")):
+        net = build_backbone("resnet18", width=width)
+        with pytest.raises(ConfigError, match=rf"Its resnet18 has {told}.* ressl/cifar10_resnet18"):
+            choose_recipe(foreign(tmp_path, net.state_dict(), "ressl"))
+    net = build_backbone("resnet18", stem="small", width=0.0625)
+    with pytest.raises(ConfigError, match=r"Its resnet18 has width 0\.0625, not 1 as in"):
+        choose_recipe(foreign(tmp_path, net.state_dict(), "ressl"))
+
+
 def test_a_stem_that_keys_do_not_tell_is_asked_for(tmp_path) -> None:
     net = build_backbone("resnet18", stem="small", width=0.0625)
     opened = foreign(tmp_path, net.state_dict(), "ressl")
