@@ -106,7 +106,9 @@ def test_a_damaged_test_image_ends_an_evaluation_and_is_named(run, trained, tmp_
     assert command(["eval", evaluator, "--weights", str(run), "--test", str(path), "--device", "cpu"]) == 3
     said = capsys.readouterr().err
     assert "replaced" not in said and "at most" not in said
-    assert "bad.beton: sample 2: " in said and "(dark/2.jpg). No image may be left out here: run `relssl verify`" in said
+    assert (
+        "bad.beton: sample 2: " in said and "(dark/2.jpg). No image may be left out here: run `relssl verify`" in said
+    )
 
 
 # -- kNN
@@ -566,6 +568,18 @@ def updates(run):
 
 def knn_of(weights):
     return evaluate_knn(weights, command="follow")
+
+
+def test_folders_that_hold_what_was_meant_are_told(run, tmp_path):
+    with pytest.raises(
+        InputError, match=rf"It holds checkpoints: give one of {run}/\S+update-00000001, .*; or .*{run}$"
+    ):
+        open_weights(run / "checkpoints")
+    with pytest.raises(InputError, match=rf"has no config.yaml. It holds runs: give one of {run}$"):
+        open_weights(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"has no config.yaml$"):
+        open_weights(tmp_path / "empty")
 
 
 def test_following_a_run_that_has_ended_goes_through_its_checkpoints_once(run):
