@@ -38,8 +38,14 @@ class InputError(RelsslError):
 
 
 def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
-    """The sentence for a name that does not exist: the nearest known one first, then all of them."""
+    """The sentence for a name that does not exist: the nearest known one first, then all of them.
+
+    Nearest are names that begin with what was typed.
+    """
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
+    begun = [each for each in known if name and each.startswith(str(name))]
+    near = difflib.get_close_matches(str(name), begun, n=1, cutoff=0) or difflib.get_close_matches(
+        str(name), known, n=1
+    )
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"unknown {what}: {name!r}{hint} Known: {', '.join(known)}."
