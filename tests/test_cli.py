@@ -258,6 +258,7 @@ def test_a_damaged_weights_file_is_refused(capsys, tmp_path):
     code, text = relssl(capsys, "eval", "knn", "--weights", file)
     assert code == 3
     assert "cannot read weights" in text
+    assert "it is not a safetensors file, or was cut off. Expected a run folder" in text
 
 
 def test_a_batch_larger_than_the_data(capsys, tmp_path):
