@@ -218,8 +218,8 @@ def _which(foreign: Foreign, fitting: list[str]) -> str:
     recipes = list(_recipes_of(foreign.layout.method))
     known = " | ".join(recipes) if recipes else "NAME, see relssl configs"
     return (
-        f"{foreign.path} is a {foreign.layout.kind}, and no recipe of it has its backbone ({told}).{_near(foreign)} Say "
-        f"whose views and protocols it takes, and the backbone is replaced: --recipe {known}"
+        f"{foreign.path} is a {foreign.layout.kind}, and no recipe of it has its backbone ({told}).{_near(foreign)} "
+        f"Say whose views and protocols it takes, and the backbone is replaced: --recipe {known}"
     )
 
 
