@@ -111,6 +111,18 @@ def test_a_damaged_test_image_ends_an_evaluation_and_is_named(run, trained, tmp_
     assert "(dark/2.jpg). No image may be left out here: run `relssl verify`" in said
 
 
+@pytest.mark.parametrize("evaluator", ["linear", "finetune"])
+@pytest.mark.parametrize(("select", "told"), [("best", " (changed), best of 2 epochs)\n"), ("last", " (changed))\n")])
+def test_which_epoch_is_reported_is_said(run, capsys, evaluator, select, told):
+    options = [f"--setting={key}={value}" for key, value in {**QUICK, "select": select}.items()]
+    assert command(["eval", evaluator, "--weights", str(run), "--seeds", "0", "--device", "cpu", *options]) == 0
+    assert told in capsys.readouterr().out
+    if evaluator == "linear":
+        head = only(run, "head-*-seed0.safetensors")
+        assert command(["eval", "linear", "--weights", str(run), "--head", str(head), "--device", "cpu"]) == 0
+        assert "(cached (changed), saved head)\n" in capsys.readouterr().out
+
+
 # -- kNN
 
 
