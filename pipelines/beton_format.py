@@ -24,6 +24,7 @@ import numpy as np
 from pipelines.errors import InputError
 
 VERSION = 2
+_LARGEST_VERSION = 255  # a larger one is the beginning of something else, such as two letters
 JPEG, RAW = 0, 1  # the `mode` of an image
 MAX_SIDE = 65535  # height and width are stored in 16 bits
 MAX_PAGE = 1 << 31  # the page size is a power of two stored in 32 bits
@@ -155,6 +156,10 @@ def _header(data: Bytes, where: str) -> np.void:
             f"{where}: {len(data)} bytes long, a .beton file begins with {HEADER.itemsize} bytes of header"
         )
     header = np.frombuffer(data[: HEADER.itemsize], HEADER)[0]
+    if header["version"] > _LARGEST_VERSION:
+        raise InputError(
+            f"{where}: not a .beton file, whatever its name; make one of the images: relssl convert SOURCE OUT.beton"
+        )
     if header["version"] != VERSION:
         raise InputError(f"{where}: not a .beton file of version {VERSION} (bytes 0-1 say {header['version']})")
     if header["alloc_table_ptr"] == 0:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_MEANT = 3  # names that a message suggests
+
 
 class RelsslError(Exception):
     """Base of every error that is meant to be read by a user; `exit_code` is the status of the process."""
@@ -38,8 +40,12 @@ class InputError(RelsslError):
 
 
 def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
-    """The sentence for a name that does not exist: the nearest known one first, then all of them."""
+    """The sentence for a name that does not exist: the nearest known one first, then all of them.
+
+    Nearest are names that begin with what was typed, of which there may be several.
+    """
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    begun = [each for each in known if name and each.startswith(str(name))]
+    near = begun[:_MEANT] or difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     return f"unknown {what}: {name!r}{hint} Known: {', '.join(known)}."

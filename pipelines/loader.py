@@ -60,7 +60,8 @@ class ViewLoader:
         channels_last: memory order of the views; planes when False.
         workers: threads for decoding, crops and colour; when None, this process's share of the
             cores it may use.
-        max_unreadable: share of the data set that may be unreadable before the run stops.
+        max_unreadable: share of the data set that may be unreadable before the run stops; with 0 the first image that
+            cannot be read is an InputError.
         shuffle: False keeps file order and every image (feature extraction); a rank whose share of the last batch is
             empty gets no batch for it.
 
@@ -71,7 +72,7 @@ class ViewLoader:
     Raises:
         ConfigError: batch and data do not fit, the engine cannot make a view, an image is too small for one, or views
             are to be masked and the data has no masks.
-        InputError: a data file is refused.
+        InputError: a data file is refused; while iterating, an image cannot be read where none may be unreadable.
         RunError: while iterating: too many images are unreadable; the views of an image could not be made for a
             reason nobody expected, which is the cause; the loader is closed, or was made by another process.
     """
@@ -111,6 +112,7 @@ class ViewLoader:
         self.files = beton.open(files) if self._owns_files else files
         try:
             # One at least has to be readable, or the search for a replacement would not end.
+            self._tolerant = max_unreadable > 0
             self._unreadable_limit = min(math.ceil(max_unreadable * len(self.files)), len(self.files) - 1)
             self.sizes = batch_sizes(
                 len(self.files),
@@ -334,6 +336,12 @@ class ViewLoader:
 
     def _replacement(self, epoch: int, index: int, attempt: int, error: InputError) -> int:
         """Another id for an image that cannot be read, by a hash of (seed, epoch, id, attempt)."""
+        if not self._tolerant:
+            names = self.files.names
+            called = "" if names is None else f" ({names[index]})"
+            raise InputError(
+                f"{error}{called}. No image may be left out here: run `relssl verify` on the data, and convert it again"
+            ) from error
         key = np.array([index], dtype=np.uint64)
         other = int(counter_hash(self.seed, epoch, _REPLACEMENT + attempt, key)[0])
         other %= len(self.files)

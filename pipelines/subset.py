@@ -87,7 +87,8 @@ def listed(files: Any, path: Path) -> Subset:
         InputError: the list cannot be read, is empty, names an image twice, one that is not there, or one of several;
             or the images have no names.
     """
-    wanted = _read_list(path)
+    lines = _read_list(path)
+    wanted = dict.fromkeys(lines)
     names = files.names
     where = _place(files)
     if names is None:
@@ -112,10 +113,17 @@ def listed(files: Any, path: Path) -> Subset:
         )
     unclear = [name for name, found in places.items() if len(found) > 1]
     if unclear:
+        first, second = (names[i] for i in places[unclear[0]][:2])
+        what_to_do = f"Write {first}, say, or {second}"
+        if first == second:
+            what_to_do = "Their whole names are the same, so that no list can tell them apart"
         raise InputError(
-            f"{path}: {len(unclear)} of its names could each mean several images in {where}: {_some(unclear)}. Write "
-            f"their folders, too, as in {names[0]!r}"
+            f"{path}: {len(unclear)} of its names could each mean several images in {where}: {_some(unclear)}. "
+            f"{what_to_do}"
         )
+    twice = [name for name, count in Counter(lines).items() if count > 1]
+    if twice:
+        raise InputError(f"{path}: {len(twice)} names stand in it more than once: {_some(twice)}")
     ids = np.unique([found[0] for found in places.values()])
     if len(ids) < len(wanted):
         raise InputError(f"{path}: {len(wanted) - len(ids)} images stand in it twice, with their folder and without")
@@ -221,19 +229,19 @@ def _shares(
     return shares
 
 
-def _read_list(path: Path) -> dict[str, None]:
+def _read_list(path: Path) -> list[str]:
     """The names of a list, in its order."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise InputError(f"there is no list {path}; expected a text file with the name of an image per line") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a list of images, one name per line: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path}: cannot be read as a list of images, one name per line: {reason}") from error
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:
         raise InputError(f"{path}: the list is empty; expected the name of an image per line")
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise InputError(f"{path}: {len(twice)} names stand in it more than once: {_some(twice)}")
-    return dict.fromkeys(names)
+    return names
 
 
 def _place(files: Any) -> str:

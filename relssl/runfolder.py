@@ -31,6 +31,7 @@ RESUMABLE = (
     "eval",
 )
 RESULTS_FORMAT = 1
+_SHOWN = 3  # folders that a message names
 # What tells one entry of results.json from another.
 _IDENTITY = (
     *("evaluator", "weights", "weights_file", "epochs", "update", "protocol", "seeds"),
@@ -105,7 +106,7 @@ class RunFolder:
             InputError: this is not the folder of a run.
         """
         if not self.config.is_file():
-            raise InputError(f"{self.path} is not a run folder: it has no config.yaml")
+            raise InputError(f"{self.path} is not a run folder: it has no config.yaml{_instead(self.path)}")
         return recipe_from(read_yaml(self.config), str(self.config))
 
     def describe(self, recipe: Recipe, command: str, data: Mapping[str, Any] | None = None) -> None:
@@ -205,6 +206,23 @@ class RunFolder:
             entries = [e for e in read_results(self.path) if key(e) != key(added)] + [added]
             write_atomically(self.results, json.dumps({"format": RESULTS_FORMAT, "results": entries}, indent=1))
         return dict(added)
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The run folders that lie in a folder, sorted; none where there is no such folder."""
+    return sorted(path.parent for path in folder.glob("[!.]*/config.yaml"))
+
+
+def _instead(folder: Path) -> str:
+    """What could have been meant by a folder that is no run."""
+    checkpoints = sorted(folder.glob("update-*"))
+    found = checkpoints or runs_in(folder)
+    if not found:
+        return ""
+    shown = ", ".join(map(str, found[:_SHOWN])) + (", ..." if len(found) > _SHOWN else "")
+    if checkpoints:
+        return f". It holds checkpoints: give one of {shown}; or their run, {folder.parent}"
+    return f". It holds runs: give one of {shown}"
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

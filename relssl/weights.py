@@ -85,8 +85,10 @@ def load_backbone(path: Path) -> BackboneFile:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
     except (OSError, SafetensorError) as error:
+        reason = error if isinstance(error, OSError) else "it is not a safetensors file, or was cut off"
         raise InputError(
-            f"cannot read weights from {path}: {error}; a checkpoint of another code comes in by relssl import"
+            f"cannot read weights from {path}: {reason}. Expected a run folder or its backbone.safetensors; a "
+            "checkpoint of another code comes in by relssl import"
         ) from None
     if header.get("format") != FORMAT:
         raise InputError(

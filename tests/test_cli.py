@@ -258,6 +258,7 @@ def test_a_damaged_weights_file_is_refused(capsys, tmp_path):
     code, text = relssl(capsys, "eval", "knn", "--weights", file)
     assert code == 3
     assert "cannot read weights" in text
+    assert "it is not a safetensors file, or was cut off. Expected a run folder" in text
 
 
 def test_a_batch_larger_than_the_data(capsys, tmp_path):
@@ -324,7 +325,7 @@ def test_weights_come_in_and_go_out(capsys, tmp_path):
     assert "knn, pretrained conv4" in text
     code, text = relssl(capsys, "export", backbone, tmp_path / "out.safetensors", "--format", "safetensors")
     assert code == 0, text
-    assert 'model.load_state_dict(load_file("out.safetensors"))' in text
+    assert f'model.load_state_dict(load_file("{tmp_path}/out.safetensors"))' in text
     assert "| kNN | pretrained |" in (tmp_path / "out.safetensors.md").read_text()
     code, text = relssl(capsys, "export", backbone, tmp_path / "out.pth", "--format", "torchvision")
     assert code == 2

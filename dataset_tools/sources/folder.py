@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dataset_tools.sources import Sample, Source
-from dataset_tools.sources.tree import Listing, is_image, kind_of_file, read_tree, sort_key
+from dataset_tools.sources.tree import SPLITS, Listing, is_image, kind_of_file, read_tree, sort_key
 from pipelines.errors import InputError
 
 
@@ -92,7 +92,7 @@ def read_list(path: Path, *, root: Path | None = None) -> Source:
     need it. Labels are whole numbers, or class names, whose sorted order then gives the numbers. Where the
     list has none, the class folders below `root` give them, just as `read_folder(root)` would. Empty lines
     and lines that begin with # are skipped. Raises InputError when the list cannot be read, is empty, or
-    gives labels to some lines only.
+    gives labels to some lines only, or when the folders are splits (train, test, ...) instead of classes.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -113,6 +113,8 @@ def read_list(path: Path, *, root: Path | None = None) -> Source:
         raise InputError(
             f"{path}: {len(given)} of {len(entries)} lines have a label, {bare!r} has none; label all or none"
         )
+    if not given:
+        _refuse_splits(path, root, names, known)
     labels, classes = _given_labels(given) if given else _folder_labels(names, folders)
     return Source(str(path), _Samples(root, names, labels), len(names), classes)
 
@@ -174,6 +176,16 @@ def _given_labels(given: list[str]) -> tuple[list[int | None], list[str] | None]
     classes = sorted(set(given))
     index = {name: i for i, name in enumerate(classes)}
     return [index[label] for label in given], classes
+
+
+def _refuse_splits(path: Path, root: Path, names: list[str], folders: set[str]) -> None:
+    """A root one folder too high would make the splits of a data set its classes."""
+    used = sorted({name.split(os.sep, 1)[0] for name in names if os.sep in name} & folders)
+    if used and {name.lower() for name in used} <= SPLITS:
+        raise InputError(
+            f"{path}: its images lie in the folders {', '.join(used)} of {root}: these look like splits, not classes."
+            f" Begin the paths one folder lower, with --root {root / used[0]}, or give each line its label: path,label"
+        )
 
 
 def _folder_labels(names: list[str], folders: list[str]) -> tuple[list[int | None], list[str] | None]:

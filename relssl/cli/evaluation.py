@@ -292,8 +292,17 @@ def _found(entries: Sequence[dict[str, Any]]) -> str:
     what += f", {train}{test} test images"
     if len(entries) == 1:
         scores = _scores(first)
-        return f"{what}: {scores} ({first['protocol']['name']})" if scores else what
-    return "\n".join([what, *(f"  {entry['protocol']['name']}: {_scores(entry)}" for entry in entries)])
+        return f"{what}: {scores} ({_protocol(first)})" if scores else what
+    return "\n".join([what, *(f"  {_protocol(entry)}: {_scores(entry)}" for entry in entries)])
+
+
+def _protocol(entry: dict[str, Any]) -> str:
+    """Its name, and which epoch it reports where that need not be the one that the log ends with."""
+    protocol = entry["protocol"]
+    name, epochs = str(protocol["name"]), protocol.get("epochs") or 0
+    trained = entry["evaluator"] in ("linear", "finetune") and not name.endswith(", saved head")
+    selects = trained and protocol.get("select") == "best" and epochs > 1
+    return f"{name}, best of {epochs} epochs" if selects else name
 
 
 def _scores(entry: dict[str, Any]) -> str:

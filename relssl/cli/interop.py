@@ -118,7 +118,7 @@ def _import_run(
     if position.epoch >= epochs:
         typer.echo(
             f"note: all {epochs} epochs are done, and training would only write the backbone; to go on, import it "
-            f"with train.epochs={2 * epochs}, say"
+            f"with train.epochs={position.epoch + epochs}, say"
         )
     typer.echo(f"next: relssl train {out}/config.yaml --out {out} --resume auto")
 

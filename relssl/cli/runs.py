@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pipelines.errors import ConfigError, InputError
+
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="run folders; seeds of one recipe share a row")],
@@ -22,6 +24,10 @@ def compare(
 
     if plot is not None:
         check_plot_path(plot)
+    for option, path in (("--csv", csv), ("--plot", plot), ("--markdown", markdown)):
+        _check_place(option, path)
+    for run in runs:
+        _check_run(run)
     found = compare_runs(runs)
     written = []
     if csv is not None:
@@ -34,6 +40,27 @@ def compare(
         written.append(f"plot: {output.draw(found, plot)}")
     for part in (output.text(found), *written):
         typer.echo(part)
+
+
+def _check_run(path: Path) -> None:
+    """Say what was meant by a file of a run, or by a folder of runs."""
+    from relssl.runfolder import RunFolder, runs_in
+
+    if path.is_file():
+        raise InputError(f"{path} is a file; give the folder of its run: {path.parent}")
+    folder = RunFolder(path)
+    if not (folder.config.is_file() or folder.results.is_file()) and (inside := runs_in(path)):
+        raise InputError(f"{path} is not a run folder, but {len(inside)} lie in it; give them: {path}/*")
+
+
+def _check_place(option: str, path: Path | None) -> None:
+    """Refuse a file that cannot be written, before anything is read."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {path.parent}; make it, or name another place")
+    if path.is_dir():
+        raise ConfigError(f"{option} {path} is a folder; name the file to write")
 
 
 def ls(runs: Annotated[Path, typer.Argument(help="folder with runs")] = Path("runs")) -> None:

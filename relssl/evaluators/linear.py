@@ -51,6 +51,7 @@ from relssl.evaluators.protocols import named_protocol
 from relssl.ops.precision import full_precision
 
 HEAD_FORMAT = 1
+_SHOWN = 3  # names of tensors in a message
 TEST_BLOCK = 8_192
 
 Crop = Literal["torchvision", "byol"]
@@ -562,16 +563,25 @@ def load_head(path: str | Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
         raise InputError(f"no linear head at {path}: expected a .safetensors file written by `relssl eval linear`")
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("relssl", "{}"))
+            header = file.metadata() or {}
+            about = json.loads(header.get("relssl", "{}"))
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise InputError(
             f"{path} is damaged or not a safetensors file ({error}); write it again with `relssl eval linear`"
         ) from None
-    if about.get("kind") != "linear head" or about.get("format") != HEAD_FORMAT or set(tensors) != {"weight", "bias"}:
+    if header.get("format", "").startswith("relssl-backbone"):
         raise InputError(
-            f"{path} is not a linear head of format {HEAD_FORMAT}: it holds {sorted(tensors)} and calls "
-            f"itself {about.get('kind', 'nothing')!r}, format {about.get('format', 'none')}"
+            f"{path} is a backbone: give it as --weights. A head is a head-*.safetensors, which `relssl eval linear` "
+            "writes beside its backbone"
+        )
+    if about.get("kind") != "linear head" or about.get("format") != HEAD_FORMAT or set(tensors) != {"weight", "bias"}:
+        held = sorted(tensors)
+        shown = ", ".join(held[:_SHOWN]) + (f" and {len(held) - _SHOWN} more" if len(held) > _SHOWN else "")
+        said = f"calls itself {about['kind']!r}, format {about.get('format', 'none')}" if "kind" in about else ""
+        raise InputError(
+            f"{path} is not a linear head of format {HEAD_FORMAT}: it holds {shown or 'nothing'} and "
+            f"{said or 'does not say what it is'}; expected a head-*.safetensors, which `relssl eval linear` writes"
         )
     return tensors["weight"], tensors["bias"], about

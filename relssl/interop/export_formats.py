@@ -76,8 +76,8 @@ class Format(ABC):
         """The network as a user gets it from the file."""
 
     @abstractmethod
-    def snippet(self, subject: Subject, path: Path) -> str:
-        """The lines that a user types."""
+    def snippet(self, subject: Subject, place: str) -> str:
+        """The lines that a user types, with the file at `place` as seen from where they are typed."""
 
 
 class Torchvision(Format):
@@ -103,12 +103,12 @@ class Torchvision(Format):
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
 
-    def snippet(self, subject: Subject, path: Path) -> str:
+    def snippet(self, subject: Subject, place: str) -> str:
         return (
             "import torch, torchvision\n"
             f"model = torchvision.models.{subject.name}(weights=None)\n"
             "model.fc = torch.nn.Identity()\n"
-            f'model.load_state_dict(torch.load("{path.name}", weights_only=True))\n'
+            f"model.load_state_dict(torch.load({_quoted(place)}, weights_only=True))\n"
             "model.eval()"
         )
 
@@ -137,12 +137,12 @@ class Timm(Format):
         options = self._options(subject)
         return _need("timm").create_model(name, num_classes=0, checkpoint_path=str(path), **options).eval()
 
-    def snippet(self, subject: Subject, path: Path) -> str:
+    def snippet(self, subject: Subject, place: str) -> str:
         options = "".join(f", {key}={value!r}" for key, value in self._options(subject).items())
         return (
             "import timm\n"
             f'model = timm.create_model("{subject.name.removeprefix(TIMM)}", num_classes=0, '
-            f'checkpoint_path="{path.name}"{options})\n'
+            f"checkpoint_path={_quoted(place)}{options})\n"
             "model.eval()"
         )
 
@@ -177,13 +177,13 @@ class Safetensors(Format):
         backbone.load_state_dict(load_file(path))
         return backbone.eval()
 
-    def snippet(self, subject: Subject, path: Path) -> str:
+    def snippet(self, subject: Subject, place: str) -> str:
         options = "".join(f", {key}={value!r}" for key, value in subject.options.items())
         return (
             "from safetensors.torch import load_file\n"
             "from relssl.nets import build_backbone\n"
             f'model = build_backbone("{subject.name}"{options})\n'
-            f'model.load_state_dict(load_file("{path.name}"))\n'
+            f"model.load_state_dict(load_file({_quoted(place)}))\n"
             "model.eval()"
         )
 
@@ -243,10 +243,10 @@ class Onnx(Format):
         session = _need("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
         return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
-    def snippet(self, subject: Subject, path: Path) -> str:
+    def snippet(self, subject: Subject, place: str) -> str:
         return (
             "import onnxruntime\n"
-            f'session = onnxruntime.InferenceSession("{path.name}", providers=["CPUExecutionProvider"])\n'
+            f'session = onnxruntime.InferenceSession({_quoted(place)}, providers=["CPUExecutionProvider"])\n'
             'features = session.run(None, {"images": images})[0]  '
             f"# images: float32 (any number, 3, {subject.size}, {subject.size})"
         )
@@ -287,6 +287,11 @@ def _refuse_unlike(format: str, name: str, options: dict[str, Any], known: set[s
         raise ConfigError(
             f"{format}'s {name} has neither another stem nor another width, and this one has {what}; {instead}"
         )
+
+
+def _quoted(place: str) -> str:
+    """A string of Python, also of a place with quotes in it."""
+    return json.dumps(place, ensure_ascii=False)
 
 
 def _plain_state(backbone: nn.Module) -> dict[str, Tensor]:

@@ -22,7 +22,12 @@ _BATCH_SIZES = (1, 3)  # two, so that a batch size that was frozen into a graph 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `difference` is the largest of features, relative to the largest feature."""
+    """What was written.
+
+    Attributes:
+        snippet: lines that load the file from the folder in which `path` was given.
+        difference: the largest of features, relative to the largest feature.
+    """
 
     path: Path
     card: Path
@@ -82,14 +87,14 @@ def export(
                 f"the exported network gives other features than {run}: they differ by {difference:.1e} of the largest "
                 f"one, where {writer.tolerance:.0e} is allowed; nothing was written"
             )
-        snippet = writer.snippet(subject, out)
+        snippet = writer.snippet(subject, out.name)  # the card lies beside the file
         write_card(card_work, Card(weights, work, out.name, format, snippet, subject.preparation, difference, licence))
         card_work.replace(card)
         work.replace(out)
     finally:
         for path in (work, card_work):
             path.unlink(missing_ok=True)
-    return Exported(out, card, snippet, difference)
+    return Exported(out, card, writer.snippet(subject, str(out)), difference)
 
 
 def _loaded(writer: Format, subject: Subject, path: Path) -> Network:

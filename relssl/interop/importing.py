@@ -20,6 +20,7 @@ from relssl.recipes import list_recipes, recipe_path
 from relssl.weights import save_backbone
 
 _SMALL_STEMS = ("cifar", "small", "cifar_padded")
+_DEFAULTS = {"stem": "imagenet", "width": 1}  # of a backbone, where its options do not say
 
 
 class Imported(NamedTuple):
@@ -217,6 +218,20 @@ def _which(foreign: Foreign, fitting: list[str]) -> str:
     recipes = list(_recipes_of(foreign.layout.method))
     known = " | ".join(recipes) if recipes else "NAME, see relssl configs"
     return (
-        f"{foreign.path} is a {foreign.layout.kind}, and no recipe of it has its backbone ({told}). Say whose views "
-        f"and protocols it takes, and the backbone is replaced: --recipe {known}"
+        f"{foreign.path} is a {foreign.layout.kind}, and no recipe of it has its backbone ({told}).{_near(foreign)} "
+        f"Say whose views and protocols it takes, and the backbone is replaced: --recipe {known}"
     )
+
+
+def _near(foreign: Foreign) -> str:
+    """A sentence on the recipes with a backbone of this name, whose list would else contradict that none has it."""
+    name, options = foreign.architecture
+    near = {r: v.backbone.options for r, v in _recipes_of(foreign.layout.method).items() if v.backbone.name == name}
+    parts = []
+    for key, default in _DEFAULTS.items():
+        own = options.get(key, default)
+        unclear = _SMALL_STEMS if own in _SMALL_STEMS and key not in foreign.layout.options else (own,)
+        others = {str(theirs.get(key, default)) for theirs in near.values()} - {str(value) for value in unclear}
+        if others:
+            parts.append(f"{key} {own}, not {' or '.join(sorted(others))}")
+    return f" Its {name} has {' and '.join(parts)} as in {', '.join(near)}." if parts else ""

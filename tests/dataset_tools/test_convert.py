@@ -378,6 +378,18 @@ def test_a_list_without_labels_takes_the_class_folders(tmp_path: Path, folder: P
         assert read.classes == ["cat", "dog", "emu"]
 
 
+@pytest.mark.parametrize("lines", ["test/cat/0.jpg\n", "Train/cat/0.jpg\ntest/cat/0.jpg\n"])
+def test_a_list_does_not_take_splits_for_classes(tmp_path: Path, lines: str) -> None:
+    for name in ("Train/cat/0.jpg", "test/cat/0.jpg", "extra/0.jpg"):
+        save(tmp_path / "c10" / name)
+    path, first = write_list(tmp_path, lines), lines.split("/")[0]
+    with pytest.raises(InputError, match=rf"these look like splits, not classes.* --root .*c10/{first}, or give"):
+        convert_source(path, tmp_path / "a.beton", root=tmp_path / "c10")
+    convert_source(write_list(tmp_path, lines.replace(".jpg", ".jpg,cat")), tmp_path / "a.beton", root=tmp_path / "c10")
+    with beton.open(tmp_path / "a.beton") as read:
+        assert read.classes == ["cat"]
+
+
 def test_the_published_subsets_of_imagenet(tmp_path: Path) -> None:
     for wnid in ("n01440764", "n01443537", "n01484850"):
         for i in (1, 2):

@@ -20,7 +20,7 @@ from pipelines.batch import ViewBatch
 from pipelines.beton_format import read_tables
 from pipelines.colour import colour_torch
 from pipelines.draw import draw
-from pipelines.errors import ConfigError, RunError
+from pipelines.errors import ConfigError, InputError, RunError
 from pipelines.loader import ViewLoader
 from pipelines.subset import Subset, spread, spread_rows
 from pipelines.views import ViewSpec
@@ -211,6 +211,21 @@ def test_too_many_unreadable_images_stop_the_run(data, tmp_path, engine):
         pytest.raises(RunError, match=r"images could not be read, and at most 1 may be.*sample \d+ of .*worse.beton"),
     ):
         list(loader)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_where_none_may_be_unreadable_none_is_replaced(data, tmp_path, engine, caplog):
+    path = tmp_path / "one.beton"
+    path.write_bytes(data.read_bytes())
+    damage(path, [3])
+    told = r"sample 3 of .*one.beton.* No image may be left out here: run `relssl verify` on the data, and convert it"
+    with (
+        caplog.at_level("WARNING", "relssl"),
+        ViewLoader(path, [(None, PLAN)], global_batch=8, engine=engine, drop_last=False, max_unreadable=0) as loader,
+        pytest.raises(InputError, match=told),
+    ):
+        list(loader)
+    assert not caplog.records
 
 
 def test_an_abandoned_epoch_leaves_no_thread(data):

@@ -49,11 +49,15 @@ def test_a_list_chooses_by_the_published_form_of_names_or_by_the_whole(files, tm
 def test_several_files_are_one_data_set(tmp_path):
     for name in "ab":
         write(tmp_path / f"{name}.beton", [0, 1], names=[f"{name}/1.png", f"{name}/2.png"]).close()
-    message = r"1 of its names could each mean several images in .*: 1.png. Write their folders"
+    message = r"1 of its names could each mean several images in .*: 1.png. Write a/1.png, say, or b/1.png$"
     with beton.open([tmp_path / "a.beton", tmp_path / "b.beton"]) as files:
         assert listed(files, write_list(tmp_path, "b/1.png")).ids.tolist() == [2]
         with pytest.raises(InputError, match=message):
             listed(files, write_list(tmp_path, "1.png"))
+        with pytest.raises(InputError, match=message):  # as a listing of the class folders would have it
+            listed(files, write_list(tmp_path, "1.png", "1.png"))
+    with beton.open([tmp_path / "a.beton"] * 2) as files, pytest.raises(InputError, match="no list can tell them"):
+        listed(files, write_list(tmp_path, "a/1.png"))
 
 
 ABSENT = (
@@ -77,8 +81,10 @@ def test_a_list_that_cannot_be_followed_is_refused(files, tmp_path, lines, messa
 
 
 def test_a_list_that_is_none_is_refused(files, tmp_path):
-    with pytest.raises(InputError, match="cannot be read as a list"):
+    with pytest.raises(InputError, match=r"^there is no list .*absent\.txt; expected a text file"):
         listed(files, tmp_path / "absent.txt")
+    with pytest.raises(InputError, match=r"cannot be read as a list of images, one name per line: Is a directory$"):
+        listed(files, tmp_path)
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="cannot be read as a list"):
         listed(files, tmp_path / "binary.txt")

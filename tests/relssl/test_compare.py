@@ -479,6 +479,24 @@ def test_the_command_writes_files_and_says_so(capsys, tmp_path):
     assert relssl_run(["compare", str(a), str(tmp_path)]) == 3
 
 
+def test_a_folder_of_runs_and_a_file_of_one_are_told_what_to_give(capsys, tmp_path):
+    a = make_run(tmp_path / "runs/a", result("knn", 41.0))
+    assert relssl_run(["compare", str(tmp_path / "runs")]) == 3
+    assert f"but 1 lie in it; give them: {tmp_path}/runs/*" in " ".join(capsys.readouterr().err.split())
+    assert relssl_run(["compare", str(a / "results.json")]) == 3
+    assert f"is a file; give the folder of its run: {a}" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("option", ["--csv", "--plot", "--markdown"])
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(capsys, tmp_path, option):
+    absent = tmp_path / "nodir"
+    assert relssl_run(["compare", str(tmp_path / "no run"), option, str(absent / "x.svg")]) == 2
+    assert f"there is no folder {absent}; make it, or name another place" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "x.svg").mkdir()
+    assert relssl_run(["compare", str(tmp_path / "no run"), option, str(tmp_path / "x.svg")]) == 2
+    assert "is a folder; name the file to write" in " ".join(capsys.readouterr().err.split())
+
+
 def test_whiskers_are_one_standard_deviation(tmp_path, monkeypatch):
     a = make_run(tmp_path / "a", result("knn", 40.0, 42.0))
     b = make_run(tmp_path / "b", result("knn", 50.0), train__epochs=1)

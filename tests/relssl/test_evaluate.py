@@ -97,6 +97,36 @@ def same_weights(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("evaluator", ["knn", "linear"])
+def test_a_damaged_test_image_ends_an_evaluation_and_is_named(run, trained, tmp_path, capsys, evaluator):
+    path = shutil.copy(trained / "test.beton", tmp_path / "bad.beton")
+    pixels = [np.full((12, 12, 3), 7, np.uint8)] * 4
+    convert([(f"dark/{i}.jpg", x, 0) for i, x in enumerate(pixels)], path, classes=tiny.CLASSES, force=True, mode="jpg")
+    with beton.open(path) as files:
+        start, size = int(files.files[0].offsets[2]), int(files.files[0].sizes[2])
+    raw = bytearray(path.read_bytes())
+    raw[start + 20 : start + size] = bytes(size - 20)
+    path.write_bytes(raw)
+    assert command(["eval", evaluator, "--weights", str(run), "--test", str(path), "--device", "cpu"]) == 3
+    said = capsys.readouterr().err
+    assert "replaced" not in said
+    assert "at most" not in said
+    assert "bad.beton: sample 2: " in said
+    assert "(dark/2.jpg). No image may be left out here: run `relssl verify`" in said
+
+
+@pytest.mark.parametrize("evaluator", ["linear", "finetune"])
+@pytest.mark.parametrize(("select", "told"), [("best", " (changed), best of 2 epochs)\n"), ("last", " (changed))\n")])
+def test_which_epoch_is_reported_is_said(run, capsys, evaluator, select, told):
+    options = [f"--setting={key}={value}" for key, value in {**QUICK, "select": select}.items()]
+    assert command(["eval", evaluator, "--weights", str(run), "--seeds", "0", "--device", "cpu", *options]) == 0
+    assert told in capsys.readouterr().out
+    if evaluator == "linear":
+        head = only(run, "head-*-seed0.safetensors")
+        assert command(["eval", "linear", "--weights", str(run), "--head", str(head), "--device", "cpu"]) == 0
+        assert "(cached (changed), saved head)\n" in capsys.readouterr().out
+
+
 # -- kNN
 
 
@@ -584,6 +614,16 @@ def updates(run):
 
 def knn_of(weights):
     return evaluate_knn(weights, command="follow")
+
+
+def test_folders_that_hold_what_was_meant_are_told(run, tmp_path):
+    with pytest.raises(InputError, match=rf"holds checkpoints: give one of {run}/\S+update-00000001, .*; or .*{run}$"):
+        open_weights(run / "checkpoints")
+    with pytest.raises(InputError, match=rf"has no config.yaml. It holds runs: give one of {run}$"):
+        open_weights(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"has no config.yaml$"):
+        open_weights(tmp_path / "empty")
 
 
 def test_following_a_run_that_has_ended_goes_through_its_checkpoints_once(run):

@@ -22,6 +22,7 @@ from relssl.evaluators.linear import (
     save_head,
     train_linear_probe,
 )
+from relssl.weights import FORMAT
 
 NUM_CLASSES, DIM = 6, 5
 
@@ -351,7 +352,13 @@ def test_a_damaged_or_foreign_head_is_refused(tmp_path):
         with pytest.raises(InputError, match="damaged"):
             load_head(path)
     save_file({"conv1.weight": torch.ones(2)}, path)
-    with pytest.raises(InputError, match="not a linear head"):
+    with pytest.raises(InputError, match=r"not a linear head .*: it holds conv1.weight and does not say what it is"):
+        load_head(path)
+    save_file({f"conv{i}.weight": torch.ones(2) for i in range(9)}, path)
+    with pytest.raises(InputError, match=r"it holds conv0.weight, conv1.weight, conv2.weight and 6 more and does"):
+        load_head(path)
+    save_file({"conv1.weight": torch.ones(2)}, path, metadata={"format": FORMAT})
+    with pytest.raises(InputError, match="is a backbone: give it as --weights"):
         load_head(path)
     with pytest.raises(InputError, match="no linear head"):
         load_head(tmp_path / "absent.safetensors")

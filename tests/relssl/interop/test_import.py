@@ -435,6 +435,8 @@ def test_a_wrong_source_is_named(tmp_path) -> None:
         InputError, match=r"no checkpoint of wcl but a training checkpoint of ReSSL.*encoder_q\. \(124\)"
     ):
         import_checkpoint(file, "wcl")
+    with pytest.raises(ConfigError, match=r"unknown source: 'rel'; did you mean 'relicv2' or 'relational'\?"):
+        open_foreign(originals.write(tmp_path / "x.pth", originals.relational("conv4")), "rel")
     with pytest.raises(ConfigError, match="did you mean 'ressl'"):
         import_checkpoint(file, "resl")
     pickled = originals.write_pickle(tmp_path / "x.pkl", originals.relicv2())
@@ -646,6 +648,16 @@ def test_a_recipe_takes_the_files_backbone(tmp_path) -> None:
     assert found.recipe.backbone.options == {"width": 0.0625}
     assert (found.recipe.backbone.norm, found.recipe.train.batch_size) == ("split(8)", 64)
     assert found.recipe.about.paper is None
+
+
+def test_recipes_that_have_almost_its_backbone_are_told_from_it(tmp_path) -> None:
+    for width, told in ((1, "not cifar or small as in"), (0.0625, "not cifar or small and width 0.0625, not 1")):
+        net = build_backbone("resnet18", width=width)
+        with pytest.raises(ConfigError, match=rf"Its resnet18 has stem imagenet, {told}.* ressl/cifar10_resnet18"):
+            choose_recipe(foreign(tmp_path, net.state_dict(), "ressl"))
+    net = build_backbone("resnet18", stem="small", width=0.0625)
+    with pytest.raises(ConfigError, match=r"Its resnet18 has width 0\.0625, not 1 as in"):
+        choose_recipe(foreign(tmp_path, net.state_dict(), "ressl"))
 
 
 def test_a_stem_that_keys_do_not_tell_is_asked_for(tmp_path) -> None:

@@ -15,6 +15,7 @@ import torch
 from pipelines.errors import ConfigError, InputError
 from relssl import checkpoint
 from relssl.build import build_method
+from relssl.cli import run as command
 from relssl.config import load_recipe
 from relssl.evaluate import evaluate_knn, open_weights
 from relssl.interop.foreign import open_foreign
@@ -220,6 +221,16 @@ def test_a_continued_run_says_where_it_comes_from(tmp_path) -> None:
     assert (entry["imported"]["file"], entry["train_seed"]) == ("theirs.pth", None)
     assert entry["pretrained_on"] == "train.beton"
     assert "; continued from theirs.pth on train.beton; neighbours from train.beton" in protocol_text(entry)
+
+
+def test_more_epochs_than_are_done_are_suggested(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("relssl.cli.interop.set_up_log", lambda: None)
+    contents = SMALL_RESSL()
+    contents["epoch"] = 122
+    file, out = originals.write(tmp_path / "theirs.pth", contents), tmp_path / "run"
+    options = ["--full", "--recipe", recipe(tmp_path, "ressl", train__epochs=3)]
+    assert command(["import", str(file), str(out), *options]) == 0
+    assert "to go on, import it with train.epochs=125, say" in capsys.readouterr().out
 
 
 # -- what cannot go on
