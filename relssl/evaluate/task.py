@@ -294,7 +294,11 @@ class Task:
 
     def _untold(self) -> list[Any]:
         """What tells this evaluation from others of the recipe, and words do not."""
-        found: list[Any] = [files.content_hash for name, files in self.opened.items() if not self._is_own(name)]
+        found: list[Any] = [
+            files.content_hash or [str(path) for path in _resolved(self.places[name])]
+            for name, files in self.opened.items()
+            if not self._is_own(name)
+        ]
         if self.portion.listing is not None:
             found.append(self._chosen())
         if self.weights.borrowed:

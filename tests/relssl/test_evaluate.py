@@ -428,6 +428,16 @@ def test_evaluations_that_differ_in_anything_leave_files_and_entries_of_their_ow
     assert len(read_results(run)) == len(calls)
 
 
+def test_files_without_a_manifest_are_told_apart_by_their_place(run, tmp_path):
+    saved = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        other = tiny.write_data(tmp_path / name / "other.beton", seed=ord(name))
+        beton.manifest_path(other).unlink()
+        saved += evaluate_linear(open_weights(run), other, options=QUICK, seeds=[0])["saved"]
+    assert len(set(saved)) == 2
+
+
 def test_pictures_of_other_data_lie_apart(run, tmp_path, capsys):
     other = tiny.write_data(tmp_path / "train.beton", seed=5)
     pictures = [evaluate_retrieval(open_weights(run), train=train)["picture"] for train in (None, other)]
