@@ -103,6 +103,13 @@ def test_few_labels_are_those_of_the_same_share(capsys, run, trained, monkeypatc
         assert drawn == [Portion(25, None, seed).of(files).ids.tolist() for seed in (0, 3)]
 
 
+def test_curves_of_other_amounts_stand_beside_each_other(capsys, run):
+    for labels in ("1,4", "2", "2"):
+        code, text = relssl(capsys, "eval", "fewlabel", "--weights", run, "--labels", labels, "--seeds", "0")
+        assert code == 0, text
+    assert [entry["protocol"]["amounts"] for entry in read_results(run)] == [["1 a class", "4 a class"], ["2 a class"]]
+
+
 def test_few_labels_can_be_drawn_from_a_list(capsys, run, trained, tmp_path):
     names = [f"{i}.png" for i in range(tiny.COUNT)]
     with beton.open(trained / "train.beton") as files:
