@@ -428,6 +428,18 @@ def test_evaluations_that_differ_in_anything_leave_files_and_entries_of_their_ow
     assert len(read_results(run)) == len(calls)
 
 
+def test_lists_of_one_name_are_told_apart_by_what_they_name(run, trained, tmp_path):
+    with beton.open(trained / "train.beton") as files:
+        names = files.names
+    saved = []
+    for folder, chosen in (("a", names[:20]), ("b", names[20:40])):
+        (tmp_path / folder).mkdir()
+        place = tmp_path / folder / "few.txt"
+        place.write_text("\n".join(chosen))
+        saved += evaluate_linear(open_weights(run), options=QUICK, seeds=[0], portion=Portion(listing=place))["saved"]
+    assert len(set(saved)) == 2
+
+
 def test_files_without_a_manifest_are_told_apart_by_their_place(run, tmp_path):
     saved = []
     for name in ("a", "b"):
